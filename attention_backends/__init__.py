@@ -1,0 +1,1 @@
+"""Sparse attention: one backend, one engine, one file a method."""

@@ -1,0 +1,1 @@
+"""Speed measurements: decode through a real engine, and kernels alone."""

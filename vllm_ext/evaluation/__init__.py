@@ -1,0 +1,1 @@
+"""Quality measurements: needle retrieval, divergence from dense attention, perplexity."""
