@@ -1,4 +1,4 @@
-"""Oracle: read the pages with the largest exact attention mass. For quality tables only: it reads every key to choose."""
+"""Oracle: read the pages with the largest exact attention mass. For quality tables only: choosing reads every key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sink and recent tokens only (Xiao et al., ICLR 2024, StreamingLLM), positions kept: the floor of the quality tables."""
+"""Sink and recent tokens only (StreamingLLM, Xiao et al., ICLR 2024), positions kept: floor of the quality tables."""
 
 from __future__ import annotations
 

@@ -1,0 +1,94 @@
+"""The rows of a table: "dense", or plugin sets written as `quest:budget=512,dense_below=0` on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from vllm_ext.options import ConfigError
+
+DENSE = "dense"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine configuration.
+
+    Attributes:
+        label: how tables name it; the text of the command line.
+        options: plugin -> option -> value; empty = stock vLLM.
+    """
+
+    label: str = DENSE
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def engine_args(self) -> dict[str, Any]:
+        """Stock vLLM engine arguments of this row.
+
+        Raises:
+            ConfigError: unknown plugin or option, wrong type, conflict.
+        """
+        if not self.options:
+            return {}
+        import vllm_ext
+
+        return vllm_ext.engine_args(*self.options, **self.options)
+
+    def option(self, name: str) -> Any:
+        """Value of an option given on the command line by any plugin of the row, or None."""
+        return next((o[name] for o in self.options.values() if name in o), None)
+
+
+def parse_row(text: str) -> Row:
+    """Read `name[:option=value,...][+name...]`, values as YAML; "dense" is stock vLLM.
+
+    Raises:
+        ConfigError: malformed text; the sentence shows the right form.
+    """
+    if text.strip() == DENSE:
+        return Row()
+    options: dict[str, dict[str, Any]] = {}
+    for part in text.split("+"):
+        name, _, given = part.strip().partition(":")
+        if not _NAME.fullmatch(name) or name in options or (not given and part.strip().endswith(":")):
+            raise _malformed(text)
+        options[name] = _options(text, given)
+    return Row(text.strip(), options)
+
+
+def parse_rows(texts: Sequence[str]) -> list[Row]:
+    """The dense row, then one row for each text, in order.
+
+    Raises:
+        ConfigError: a malformed or repeated text.
+    """
+    rows = [Row()]
+    for text in texts:
+        row = parse_row(text)
+        if any(r.label == row.label for r in rows[1:]):
+            raise ConfigError(f"--plugins '{text}' is given twice; remove one of them.")
+        rows.append(row)
+    return rows
+
+
+def _options(text: str, given: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    # Commas inside brackets belong to a list value: dense_layers=[0,1].
+    for item in re.split(r",(?![^\[]*\])", given) if given else []:
+        name, equals, value = item.partition("=")
+        if not equals or not _NAME.fullmatch(name.strip()) or name.strip() in values:
+            raise _malformed(text)
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise _malformed(text) from None
+    return values
+
+
+def _malformed(text: str) -> ConfigError:
+    return ConfigError(f"--plugins '{text}' is malformed; write NAME or NAME:option=value,option=value.")

@@ -1,0 +1,109 @@
+"""Run the tasks for the dense row and for every plugin row, one engine after the other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.evaluation.rows import Row
+from vllm_ext.evaluation.settings import Settings
+from vllm_ext.options import ConfigError
+
+
+def evaluate(
+    settings: Settings,
+    rows: list[Row],
+    *,
+    in_process: bool = False,
+    on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None,
+) -> list[dict[str, Any]]:
+    """Measure every row; the first must be the dense one, the others are compared with it.
+
+    Args:
+        settings: what to measure.
+        rows: engine configurations, dense first.
+        in_process: run all engines in this process (faster); otherwise each row gets a fresh one.
+        on_row: called with the results so far after every row, to be saved.
+
+    Raises:
+        ConfigError: bad settings, or a row's process failed.
+    """
+    settings.check()
+    if not rows or rows[0].options:
+        raise ConfigError("the first row of an evaluation must be the dense one.")
+    results: list[dict[str, Any]] = []
+    # The dense logits of the kl task: float32, texts x positions x vocabulary.
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-eval-") as scratch:
+        for number, row in enumerate(rows):
+            print(f"[{number + 1}/{len(rows)}] {row.label}", file=sys.stderr, flush=True)
+            job = {"settings": settings.to_json(), "label": row.label, "options": row.options}
+            job |= {"scratch": scratch, "recording": number == 0}
+            results.append(run_job(job) if in_process else _fresh(job, Path(scratch)))
+            on_row(results)
+    return results
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure one row in this process and return its JSON-ready result."""
+    from vllm_ext.evaluation.engine import engine
+    from vllm_ext.evaluation.progress import bars
+
+    settings = Settings.from_json(job["settings"])
+    row = Row(job["label"], job["options"])
+    began = time.monotonic()
+    result: dict[str, Any] = {"label": row.label, "options": row.options}
+    with engine(settings.model, settings.engine_args() | row.engine_args()) as llm:
+        result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
+        with bars(row.label) as advance:
+            result |= _measure(llm, settings, job, advance)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    return result
+
+
+def _measure(llm: Any, settings: Settings, job: dict[str, Any], advance: Callable) -> dict[str, Any]:
+    from vllm_ext.evaluation import tasks
+    from vllm_ext.evaluation.teacher import Tape
+
+    result: dict[str, Any] = {}
+    if "niah" in settings.tasks:
+        result["niah"] = tasks.run_niah(llm, settings, advance)
+    if {"kl", "ppl"} & set(settings.tasks):
+        tape = Tape(Path(job["scratch"]), recording=job["recording"])
+        cells = tasks.run_forced(llm, settings, tape, advance)
+        for task in ("kl", "ppl"):
+            if task in settings.tasks:
+                common = ("length", "texts", "positions")
+                result[task] = [{k: c[k] for k in common} | c[task] for c in cells if task in c]
+    return result
+
+
+def describe(llm: Any) -> dict[str, Any]:
+    """What the engine really is: runner, graph mode, backend, block size."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "model_runner": "v2" if config.use_v2_model_runner else "v1",
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "attention_backend": str(config.attention_config.backend),
+        "block_size": config.cache_config.block_size,
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+    }
+
+
+def _fresh(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`run_job` in a process of its own, so that one engine a process holds."""
+    job_file, result_file = folder / "job.json", folder / "result.json"
+    job_file.write_text(json.dumps(job))
+    result_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "vllm_ext.evaluation.worker", str(job_file), str(result_file)]
+    code = subprocess.run(command, check=False).returncode
+    if code or not result_file.exists():
+        raise ConfigError(f"row '{job['label']}' failed (exit code {code}); its messages are above.")
+    return json.loads(result_file.read_text())

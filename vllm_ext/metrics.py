@@ -1,0 +1,156 @@
+"""Counters of the workers, visible as `vllm_ext:*` at the server's `/metrics`.
+
+The workers live in other processes than the HTTP server. Each worker writes its totals to a small file of its own
+(`<temporary directory>/vllm-ext-<user>/<engine instance>-<rank>-<pid>`, 7 little-endian 64-bit integers); a Prometheus
+collector in the server process sums the files of its engine at scrape time. With several API servers vLLM switches
+prometheus_client to its multi-process mode; then the workers use that instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import getpass
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAMES = ("keys_read", "keys_visible", "pages_scored", "pages_read", "sparse_steps", "dense_steps")
+HELP = {
+    "keys_read": "keys read in decode steps, summed over sparse layers and KV heads",
+    "keys_visible": "keys a dense decode step would have read, summed over sparse layers and KV heads",
+    "pages_scored": "pages whose index was read, summed over sparse layers and KV heads",
+    "pages_read": "pages read by sparse decode steps, summed over sparse layers and KV heads",
+    "sparse_steps": "decode steps of a request that read a selection",
+    "dense_steps": "decode steps of a request that read every key",
+}
+_FORMAT = struct.Struct("<6qq")
+
+
+@dataclass
+class Counters:
+    """Totals since the engine started. `scale` = sparse layers x KV heads: how often one step is counted."""
+
+    scale: int = 1
+    values: list[int] = field(default_factory=lambda: [0] * len(NAMES))
+
+    def add_sparse(self, read: int, visible: int, scored: int, pages: int, heads: int) -> None:
+        """One sparse decode step of one request in one layer; keys and pages summed over `heads` KV heads."""
+        for i, x in enumerate((read, visible, scored, pages, heads)):
+            self.values[i] += x
+
+    def add_dense(self, visible: int, heads: int) -> None:
+        """One dense decode step of one request in one layer."""
+        for i, x in ((0, visible), (1, visible), (5, heads)):
+            self.values[i] += x
+
+    def totals(self) -> list[int]:
+        """The values in the order of NAMES, steps counted once per request and step."""
+        v = list(self.values)
+        return [*v[:4], v[4] // self.scale, v[5] // self.scale]
+
+
+def _folder() -> Path:
+    """A private folder for the counter files of this user's engines."""
+    path = Path(tempfile.gettempdir()) / f"vllm-ext-{getpass.getuser()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user")
+    return path
+
+
+class Exporter:
+    """Writes one worker's totals where the server process finds them. Never raises: metrics must not stop serving."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._file: Any = None
+        self._last: list[int] | None = None
+        self._prometheus = None
+        try:
+            if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+                self._prometheus = _prometheus_counters()
+                return
+            rank = vllm_config.parallel_config.rank
+            path = _folder() / f"{vllm_config.instance_id}-{rank}-{os.getpid()}"
+            self._file = path.open("wb", buffering=0)
+            atexit.register(path.unlink, missing_ok=True)
+        except OSError:
+            self._file = None
+
+    def write(self, counters: Counters) -> None:
+        """Publish the totals if they changed; a few microseconds."""
+        totals = counters.totals()
+        if totals == self._last:
+            return
+        before, self._last = self._last or [0] * len(totals), totals
+        if self._prometheus is not None:
+            for counter, new, old in zip(self._prometheus, totals, before):
+                counter.inc(max(0, new - old))
+        elif self._file is not None:
+            self._file.seek(0)
+            self._file.write(_FORMAT.pack(*totals, time.time_ns()))
+
+
+_cached_counters: list[Any] | None = None
+
+
+def _prometheus_counters() -> list[Any]:
+    from prometheus_client import Counter
+
+    global _cached_counters
+    if _cached_counters is None:
+        _cached_counters = [Counter(f"vllm_ext:{n}", HELP[n]) for n in NAMES]
+    return _cached_counters
+
+
+def read_totals(instance_id: str, since_ns: int = 0) -> dict[str, int]:
+    """Totals of an engine's workers, summed; files written before `since_ns` (another engine's) are left out."""
+    totals = dict.fromkeys(NAMES, 0)
+    for path in _folder().glob(f"{instance_id}*"):
+        data = path.read_bytes()
+        if len(data) == _FORMAT.size:
+            *values, stamp = _FORMAT.unpack(data)
+            if stamp >= since_ns:
+                for name, value in zip(NAMES, values):
+                    totals[name] += value
+    return totals
+
+
+class Collector:
+    """Prometheus collector of one engine's counters."""
+
+    def __init__(self, instance_id: str) -> None:
+        self.instance_id = instance_id
+        self.since_ns = time.time_ns()
+
+    def collect(self) -> Iterable[Any]:
+        """One counter a name, and the density as a gauge (NaN before the first decode step)."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        totals = read_totals(self.instance_id, self.since_ns)
+        for name, value in totals.items():
+            yield CounterMetricFamily(f"vllm_ext:{name}", HELP[name], value=value)
+        seen = totals["keys_visible"]
+        density = totals["keys_read"] / seen if seen else float("nan")
+        yield GaugeMetricFamily("vllm_ext:attention_density", "keys read / keys visible in decode steps", value=density)
+
+    def describe(self) -> Iterable[Any]:
+        """Nothing: keeps prometheus_client from collecting at registration."""
+        return []
+
+
+_registered: set[str] = set()
+
+
+def install_collector(vllm_config: Any) -> None:
+    """Make the engine's counters visible in this process' Prometheus registry; idempotent."""
+    from prometheus_client import REGISTRY
+
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR") or vllm_config.instance_id in _registered:
+        return
+    _registered.add(vllm_config.instance_id)
+    REGISTRY.register(Collector(vllm_config.instance_id))
