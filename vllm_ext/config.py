@@ -90,7 +90,7 @@ def _build(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names:
             catalogue.get(name)
             raise options.ConfigError(
-                f"options are given for plugin '{name}', which is not selected; add it to --plugins or drop its options."
+                f"options are given for plugin '{name}', which is not selected; add it to --plugins or drop them."
             )
     return {entry.name: options.build(entry.cls(), entry.name, given.get(entry.name)) for entry in entries}
 

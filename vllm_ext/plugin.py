@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_ext import command_line, config
+from vllm_ext.attention_backends.method import BACKEND_NAME
 from vllm_ext.options import ConfigError
 
 _state: Literal["new", "busy", "active", "declined"] = "new"
@@ -155,8 +156,6 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Any:
 
 def _concerns_us(engine_args: Any) -> bool:
     """Whether engine arguments select plugins, or our backend without one; cheap, since stock engines ask too."""
-    from vllm_ext.backend_name import BACKEND_NAME
-
     additional = engine_args.additional_config
     return (isinstance(additional, Mapping) and config.SECTION in additional) or (
         _name(engine_args.attention_backend) == BACKEND_NAME
@@ -171,9 +170,9 @@ def _name(value: Any) -> str:
 def _selected(engine_args: Any) -> dict[str, Any]:
     """The plugins that engine arguments select, after all checks that need no VllmConfig."""
     plugins = config.from_additional(engine_args.additional_config)
-    if not plugins and _name(engine_args.attention_backend) == "VLLM_EXT_SPARSE":
+    if not plugins and _name(engine_args.attention_backend) == BACKEND_NAME:
         raise ConfigError(
-            "attention_backend VLLM_EXT_SPARSE needs a plugin; select one with --plugins, e.g. --plugins quest."
+            f"attention_backend={BACKEND_NAME} needs a plugin; select one with --plugins, e.g. --plugins quest."
         )
     for name, plugin in plugins.items():
         for arg, value in plugin.engine_args().items():
@@ -218,7 +217,7 @@ def check_model_directory(model: str) -> None:
     except (OSError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"model directory '{model}' has no readable config.json ({text}); give a directory of Hugging Face model files."
+            f"model directory '{model}' has no readable config.json ({text}); give a directory of Hugging Face files."
         ) from None
 
 

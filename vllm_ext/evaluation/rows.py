@@ -12,6 +12,7 @@ import yaml
 from vllm_ext.options import ConfigError
 
 DENSE = "dense"
+CONTROL = "dense (control)"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -39,19 +40,31 @@ class Row:
 
         return vllm_ext.engine_args(*self.options, **self.options)
 
-    def option(self, name: str) -> Any:
-        """Value of an option given on the command line by any plugin of the row, or None."""
-        return next((o[name] for o in self.options.values() if name in o), None)
+    def plugins(self) -> dict[str, Any]:
+        """The validated plugin objects by name; empty for the dense row.
+
+        Raises:
+            ConfigError: as `engine_args`.
+        """
+        if not self.options:
+            return {}
+        from vllm_ext.config import expand
+
+        return expand(list(self.options), self.options).plugins
+
+    def attention(self) -> Any:
+        """The row's attention method, or None."""
+        return next((p for p in self.plugins().values() if p.kind == "attention"), None)
 
 
 def parse_row(text: str) -> Row:
-    """Read `name[:option=value,...][+name...]`, values as YAML; "dense" is stock vLLM.
+    """Read `name[:option=value,...][+name...]`, values as YAML; "dense" is stock vLLM once more, a control.
 
     Raises:
         ConfigError: malformed text; the sentence shows the right form.
     """
     if text.strip() == DENSE:
-        return Row()
+        return Row(CONTROL)
     options: dict[str, dict[str, Any]] = {}
     for part in text.split("+"):
         name, _, given = part.strip().partition(":")

@@ -57,7 +57,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     settings = Settings.from_json(job["settings"])
     row = Row(job["label"], job["options"])
     began = time.monotonic()
-    result: dict[str, Any] = {"label": row.label, "options": row.options}
+    result: dict[str, Any] = {"label": row.label, "options": row.options, "notes": notes(settings, row)}
+    result["budget"] = getattr(row.attention(), "budget", None)
     with engine(settings.model, settings.engine_args() | row.engine_args()) as llm:
         result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
         with bars(row.label) as advance:
@@ -81,6 +82,16 @@ def _measure(llm: Any, settings: Settings, job: dict[str, Any], advance: Callabl
                 common = ("length", "texts", "positions")
                 result[task] = [{k: c[k] for k in common} | c[task] for c in cells if task in c]
     return result
+
+
+def notes(settings: Settings, row: Row) -> list[str]:
+    """Lengths that the row's attention method serves exactly, so that its cells prove nothing about sparsity."""
+    method = row.attention()
+    exact = [n for n in settings.lengths if method is not None and n < method.dense_limit]
+    return [
+        f"{n} tokens are within dense_below ({method.dense_limit}): exact by construction, at least at first"
+        for n in exact
+    ]
 
 
 def describe(llm: Any) -> dict[str, Any]:

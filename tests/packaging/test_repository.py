@@ -1,0 +1,66 @@
+"""Makefile, CI script and documents."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vllm_ext import docs
+from vllm_ext.options import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_generated_documents_are_current():
+    stale = [path.name for path, text in docs.generate(ROOT).items() if path.read_text() != text]
+    assert not stale, "run python -m vllm_ext.docs"
+
+
+def test_fill_replaces_between_its_markers_only():
+    text = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb <!-- y:begin -->"
+    assert docs.fill(text, "x", "new") == "a\n<!-- x:begin -->\nnew\n<!-- x:end -->\nb <!-- y:begin -->"
+    with pytest.raises(ConfigError, match="x:begin"):
+        docs.fill("no markers", "x", "new")
+
+
+def test_table_escapes_the_column_separator():
+    assert docs.table(["a"], [["b | c"]]).splitlines()[-1] == "| b \\| c |"
+
+
+@pytest.mark.parametrize("name", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+def test_relative_links_lead_somewhere(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_ci_script_is_executable_bash():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "set -euo pipefail" in script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_old_python_is_refused_with_a_sentence(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    command = ["make", "install", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert "Python 3.9.1" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_help_names_every_target():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^  make ([a-z]+)", text, re.MULTILINE)) == set(targets)

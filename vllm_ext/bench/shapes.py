@@ -1,0 +1,114 @@
+"""Model shapes for dummy-weight engines, and the bytes a decode step cannot avoid reading.
+
+Every number of a shape is the public model's, except `max_position_embeddings`, raised to 262144 so that 128K
+contexts with their output fit. `tiny` is no public model: it checks the command in seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.options import ConfigError, did_you_mean
+
+ELEMENT = 2
+"""Bytes of a weight or cached value (bf16)."""
+
+
+def names() -> list[str]:
+    """Known shapes."""
+    folder = importlib.resources.files("vllm_ext.bench").joinpath("shapes")
+    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
+
+
+def load_shape(name: str) -> dict[str, Any]:
+    """The `config.json` of a shape.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in names():
+        raise ConfigError(f"--shape '{name}' is unknown{did_you_mean(name, names())}")
+    file = importlib.resources.files("vllm_ext.bench").joinpath("shapes", f"{name}.json")
+    return json.loads(file.read_text())
+
+
+def write_model(config: dict[str, Any], folder: Path) -> Path:
+    """A model directory without weights, for `load_format="dummy"`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """Channels of one attention head."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def weight_bytes(config: dict[str, Any]) -> int:
+    """Bytes of the weights that one decode step reads: every layer and the output head, not the embedding rows."""
+    hidden, inner, d = config["hidden_size"], config["intermediate_size"], head_size(config)
+    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+    layer = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner + 2 * hidden
+    if config["model_type"] == "qwen2":
+        layer += q + 2 * kv  # biases of q, k and v
+    if config["model_type"] == "qwen3":
+        layer += 2 * d  # norms of q and k
+    return ELEMENT * (config["num_hidden_layers"] * layer + hidden + config["vocab_size"] * hidden)
+
+
+def kv_bytes(config: dict[str, Any], lengths: list[float], plugin: Any = None) -> float:
+    """Bytes of keys, values and page index that one decode step of a batch must read.
+
+    Args:
+        config: the shape.
+        lengths: keys of each request.
+        plugin: a `SparseMethod`, or None for dense attention.
+    """
+    layers = config["num_hidden_layers"]
+    row = config["num_key_value_heads"] * head_size(config) * ELEMENT
+    total = 0.0
+    for length in lengths:
+        dense = 2 * row * length
+        if plugin is None or length <= plugin.dense_limit:
+            total += layers * dense
+            continue
+        pages = length // plugin.page_size
+        index = pages * plugin.record_elements(head_size(config)) * config["num_key_value_heads"] * ELEMENT
+        if plugin.score == "exact":
+            index += row * length  # every key is read to choose
+        kept = 2 * row * min(plugin.capacity * plugin.page_size, length)
+        exact = sum(1 for i in plugin.dense_layers if 0 <= i < layers)
+        total += exact * dense + (layers - exact) * (kept + index)
+    return total
+
+
+def copy_bandwidth() -> float:
+    """Copy bandwidth of the device in bytes/s, read plus written: median of 20 copies of 1 GiB (CPU: 128 MiB)."""
+    import statistics
+    import time
+
+    import torch
+
+    cuda = torch.cuda.is_available()
+    source = torch.empty(2**30 if cuda else 2**27, dtype=torch.uint8, device="cuda" if cuda else "cpu").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(23):
+        if cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - start)
+    del source, target
+    if cuda:
+        torch.cuda.empty_cache()
+    return 2 * (2**30 if cuda else 2**27) / statistics.median(times[3:])

@@ -1,0 +1,120 @@
+"""Tables and plots of an evaluation, made from its record and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.evaluation.rows import CONTROL
+from vllm_ext.options import ConfigError
+
+
+def check_plots() -> None:
+    """Refuse before any engine starts if plots cannot be drawn.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib; install 'vllm-ext[bench]' or leave --out away.")
+
+
+def table(results: list[dict[str, Any]]) -> Any:
+    """A rich table: one line for each row and length, one column for each task."""
+    from rich.table import Table
+
+    tasks = [t for t in ("niah", "kl", "ppl") if any(r.get(t) for r in results)]
+    out = Table(title="quality (95 % intervals)")
+    out.add_column("row", overflow="fold")
+    out.add_column("length", justify="right")
+    titles = {
+        "niah": ["needles"],
+        "kl": ["mean KL, nats", "median", "p99", "same top token"],
+        "ppl": ["perplexity"],
+    }
+    for task in tasks:
+        for title in titles[task]:
+            out.add_column(title, justify="right")
+    for result in results:
+        for length in sorted({c["length"] for t in tasks for c in result.get(t, [])}):
+            cells: list[str] = []
+            for task in tasks:
+                found = [c for c in result.get(task, []) if c["length"] == length]
+                cells += _cells(task, found[0]) if found else ["–"] * len(titles[task])
+            out.add_row(result["label"], str(length), *cells)
+    return out
+
+
+def _cells(task: str, cell: dict[str, Any]) -> list[str]:
+    if task == "niah":
+        return [f"{cell['correct']}/{cell['samples']} ({cell['low']:.2f}–{cell['high']:.2f})"]
+    if task == "ppl":
+        return [f"{cell['ppl']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})"]
+    return [
+        f"{cell['mean']:.5f} ({cell['low']:.5f}–{cell['high']:.5f})",
+        f"{cell['median']:.5f}",
+        f"{cell['p99']:.4f}",
+        f"{cell['agree']:.4f} ({cell['agree_low']:.3f}–{cell['agree_high']:.3f})",
+    ]
+
+
+MEASURES = {
+    "niah": ("needles found", "accuracy", "low", "high"),
+    "kl": ("mean KL to dense, nats", "mean", "low", "high"),
+    "ppl": ("perplexity", "ppl", "low", "high"),
+}
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> Path:
+    """Draw each measure against the budget, one panel for each task and length, and return `path`.
+
+    Rows without a budget stand at the length itself, under their own name; the dense row is a band.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(t, n) for t in MEASURES for n in sorted({c["length"] for r in results for c in r.get(t, [])})]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False)
+    for axis, (task, length) in zip(axes[0], panels):
+        _panel(axis, results, task, length)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _panel(axis: Any, results: list[dict[str, Any]], task: str, length: int) -> None:
+    title, value, low, high = MEASURES[task]
+    series: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for result in results:
+        cell = next((c for c in result.get(task, []) if c["length"] == length), None)
+        if cell is None:
+            continue
+        if result["label"] == CONTROL:
+            continue
+        if not result["options"]:
+            axis.axhline(cell[value], color="black", linewidth=1, label="dense")
+            axis.axhspan(cell[low], cell[high], color="black", alpha=0.08)
+            continue
+        budget = result.get("budget")
+        name = "+".join(result["options"]) if budget else result["label"]
+        series.setdefault(name, []).append((budget or length, cell))
+    for name, points in series.items():
+        points.sort(key=lambda p: p[0])
+        heights = [c[value] for _, c in points]
+        spread = [[max(c[value] - c[low], 0) for _, c in points], [max(c[high] - c[value], 0) for _, c in points]]
+        axis.errorbar([b for b, _ in points], heights, yerr=spread, marker="o", capsize=3, label=name)
+    if series:
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("budget, keys a query")
+    if task == "kl" and series:
+        axis.set_yscale("log")
+    axis.set_ylabel(title)
+    axis.set_title(f"{task}, {length} tokens", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
