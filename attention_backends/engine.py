@@ -74,13 +74,13 @@ class SparseEngine:
             query, out: [T, Hq, D]; k_cache, v_cache: [num_pages, H, P, D] views; index: see `support.index_view`.
         """
         m, method = batch.max_query_len, self.method
-        ids, counts = score_select(
+        _, pages, counts = score_select(
             query, k_cache, index, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.always_dense,
             batch.slot_mapping, self.select,
             max_query_len=m, scale=scale, dense_limit=method.dense_limit, capacity=method.capacity, sink=method.sink,
             local=method.local, score=method.score, group=method.group, index_kind=method.index,
         )  # fmt: skip
         sparse_decode(
-            query, k_cache, v_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, ids, counts, out,
+            query, k_cache, v_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, pages, counts, out,
             self.decode, max_query_len=m, scale=scale,
         )  # fmt: skip

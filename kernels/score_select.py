@@ -1,7 +1,7 @@
 """K2 + K3 in one launch: score the pages of long requests, then choose the list.
 
-Specification: `reference.page_scores` and `reference.select_pages`. One program scores one tile of pages of one request
-and KV head; whichever program of a request and head finishes last selects, so that a captured step costs one launch.
+Specification: `reference.page_scores` and `reference.select_pages`. A program scores tiles of pages of one request and
+KV head; whichever program of a request and head finishes last selects, so that a captured step costs one launch.
 The same launch refreshes the index of the page that a decode step completes (K1): that page is always read, so no
 program of this step needs its record. Dense requests leave after one load and get `counts = -1`.
 """
@@ -20,47 +20,81 @@ from vllm_ext.kernels.index_update import KINDS, page_record
 SCORES = {"bound": 0, "dot": 1, "exact": 2, "recency": 3}
 GROUPS = {"max": 0, "mean": 1, "softmax": 2}
 TILE = 64
-"""Pages a program scores."""
+"""Pages scored at once."""
+PROGRAMS = 1056
+"""Programs of a launch: eight for each of the 132 SMs of an H100."""
 MAX_PAGES = 16384
 """Longest request, in pages: one program holds all scores of a head when it selects."""
 
 
 @triton.jit
 def _sort_key(x):
-    """fp32 -> uint32 with the same order; 0 is below every float and marks 'no page'."""
+    """fp32 -> int32 with the same order."""
     bits = x.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return key.to(tl.uint32, bitcast=True) ^ 0x80000000
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _kth_largest(key, k):
-    """The k-th largest of the uint32 keys, found bit by bit from the top."""
-    best = tl.zeros([], tl.uint32)
-    for i in tl.static_range(32):
-        trial = best | (1 << (31 - i))
-        if tl.sum((key >= trial).to(tl.int32), 0) >= k:
-            best = trial
-    return best
+def _threshold(key, free, need):
+    """Largest t such that at least `need` free keys are >= t, and how many are; stops as soon as exactly `need` are."""
+    low = tl.min(tl.where(free, key, 0x7FFFFFFF), 0).to(tl.int64)
+    high = tl.max(tl.where(free, key, -0x80000000), 0).to(tl.int64) + 1
+    found = tl.sum(free.to(tl.int32), 0)
+    while (high - low > 1) & (found != need):
+        middle = low + (high - low) // 2
+        count = tl.sum((free & (key >= middle.to(tl.int32))).to(tl.int32), 0)
+        if count >= need:
+            low = middle
+            found = count
+        else:
+            high = middle
+    return low.to(tl.int32), found
 
 
 @triton.jit
-def _choose(s, IDS, COUNTS, count, first, last, capacity, NB: tl.constexpr):
-    """Write the ascending ids of the `capacity` best of `count` pages; forced pages first, ties to the lower page."""
+def _choose(s, BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB: tl.constexpr):
+    """Write the ascending ids (and physical pages) of the `capacity` best of `count` pages; ties to the lower page."""
     page = tl.arange(0, NB)
-    exists = page < count
-    s = tl.where((page < first) | (page >= last), float("inf"), s)
-    key = tl.where(exists, _sort_key(s), 0)
+    forced = (page < count) & ((page < first) | (page >= last))
+    free = (page < count) & (forced == 0)
     kept = tl.minimum(count, capacity)
-    threshold = _kth_largest(key, kept)
-    above = exists & (key > threshold)
-    tied = exists & (key == threshold)
-    room = kept - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
+    need = kept - tl.sum(forced.to(tl.int32), 0)
+    key = _sort_key(s)
+    threshold, found = _threshold(key, free, need)
+    chosen = forced | (free & (key >= threshold))
+    if found != need:  # equal scores at the threshold
+        above = free & (key > threshold)
+        tied = free & (key == threshold)
+        room = need - tl.sum(above.to(tl.int32), 0)
+        chosen = forced | above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(IDS + place, page, mask=chosen)
+    tl.store(PAGES + place, tl.load(BT + page, mask=chosen, other=0), mask=chosen)
     tl.store(IDS + page, -1, mask=(page >= kept) & (page < capacity))
     tl.store(COUNTS, kept)
+
+
+@triton.jit
+def _select(
+    SCP, BT, IDS, PAGES, COUNTS, count, rows, first, last, capacity, np_cap, GROUP: tl.constexpr, NB: tl.constexpr
+):
+    """Select with the smallest of three block sizes that holds the request's pages and the list."""
+    most = tl.maximum(count, capacity)
+    if NB > 512 and most <= 512:
+        _choose(
+            _load_scores(SCP, count, rows, np_cap, GROUP, 512),
+            BT, IDS, PAGES, COUNTS, count, first, last, capacity, 512,
+        )  # fmt: skip
+    elif NB > 2048 and most <= 2048:
+        _choose(
+            _load_scores(SCP, count, rows, np_cap, GROUP, 2048),
+            BT, IDS, PAGES, COUNTS, count, first, last, capacity, 2048,
+        )  # fmt: skip
+    else:
+        _choose(
+            _load_scores(SCP, count, rows, np_cap, GROUP, NB),
+            BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -113,8 +147,8 @@ def _tile_indexed(
     if SCORE == 0:
         high = tl.load(at + D, mask=ok, other=0.0)
         zero = tl.zeros_like(q)
-        x = tl.dot(tl.maximum(q, zero), high, input_precision="ieee")
-        x = tl.dot(tl.minimum(q, zero), low, x, input_precision="ieee")
+        x = tl.dot(tl.maximum(q, zero).to(q.dtype), high, input_precision="ieee")
+        x = tl.dot(tl.minimum(q, zero).to(q.dtype), low, x, input_precision="ieee")
     else:
         x = tl.dot(q, low, input_precision="ieee")
     return tl.where(complete[None, :], x * scale, float("-inf"))
@@ -151,7 +185,7 @@ def _count(STATS, read, visible, scored, pages, is_sparse: tl.constexpr):
 
 @triton.jit
 def _score_select(
-    Q, K, INDEX, BT, SEQ, START, DENSE, SLOTS, SC, IDS, COUNTS, TICKET, STATS,
+    Q, K, INDEX, BT, SEQ, START, DENSE, SLOTS, SC, IDS, PAGES, COUNTS, TICKET, STATS,
     scale, dense_limit, capacity, sink, local, np_cap, bt_row,
     q_tok, q_head, k_page, k_head, k_tok, i_page, i_head,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
@@ -159,7 +193,7 @@ def _score_select(
     SC_ROWS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
-    tile = tl.program_id(1)
+    worker = tl.program_id(1)
     r = pair // H
     head = pair % H
     n = tl.load(SEQ + r)
@@ -167,48 +201,52 @@ def _score_select(
     m = tl.load(START + r + 1) - q0
     if n == 0 or m == 0:
         return
-    if (tile == 0) & (KIND >= 0):
+    if (worker == 0) & (KIND >= 0):
         for t in range(0, m):
             slot = tl.load(SLOTS + q0 + t).to(tl.int64)
             if slot >= 0 and slot % P == P - 1:
                 page_record(K, INDEX, slot // P, head, k_page, k_head, k_tok, i_page, i_head, KIND, P, D)
     real = tl.load(SLOTS + q0) >= 0  # warm-up and capture runs are not counted
     if (n <= dense_limit) | (tl.load(DENSE + r) != 0):
-        if tile == 0:
+        if worker == 0:
             tl.store(COUNTS + pair, -1)
             if real:
                 _count(STATS, n, n, n, n, False)
         return
     count = tl.cdiv(n, P)
     tiles = tl.cdiv(count, TILE)
-    if tile >= tiles:
+    active = tl.minimum(tiles, tl.num_programs(1))
+    if worker >= active:
         return
-    page = tile * TILE + tl.arange(0, TILE)
     SCP = SC + pair.to(tl.int64) * np_cap * SC_ROWS
-    if SCORE == 3:
-        tl.store(SCP + page, page.to(tl.float32), mask=page < count)
-    else:
+    table = BT + r * bt_row
+    if SCORE != 3:
         q, live = _query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
-        if SCORE == 2:
-            x = _tile_exact(
-                q, K, BT + r * bt_row, tile, head, n, m, scale, k_page, k_head, k_tok, G, ROWS, P, D, DP, TILE
-            )
+    for tile in range(worker, tiles, active):
+        page = tile * TILE + tl.arange(0, TILE)
+        if SCORE == 3:
+            tl.store(SCP + page, page.to(tl.float32), mask=page < count)
         else:
-            x = _tile_indexed(q, INDEX, BT + r * bt_row, tile, head, n, scale, i_page, i_head, SCORE, P, D, DP, TILE)
-        if GROUP == 0:
-            tl.store(SCP + page, tl.max(tl.where(live[:, None], x, float("-inf")), 0), mask=page < count)
-        elif GROUP == 1:
-            tl.store(SCP + page, tl.sum(tl.where(live[:, None], x, 0.0), 0) / (m * G), mask=page < count)
-        else:
-            row = tl.arange(0, ROWS)
-            tl.store(SCP + row[:, None] * np_cap + page[None, :], x, mask=live[:, None] & (page < count)[None, :])
+            if SCORE == 2:
+                x = _tile_exact(q, K, table, tile, head, n, m, scale, k_page, k_head, k_tok, G, ROWS, P, D, DP, TILE)
+            else:
+                x = _tile_indexed(q, INDEX, table, tile, head, n, scale, i_page, i_head, SCORE, P, D, DP, TILE)
+            if GROUP == 0:
+                tl.store(SCP + page, tl.max(tl.where(live[:, None], x, float("-inf")), 0), mask=page < count)
+            elif GROUP == 1:
+                tl.store(SCP + page, tl.sum(tl.where(live[:, None], x, 0.0), 0) / (m * G), mask=page < count)
+            else:
+                row = tl.arange(0, ROWS)
+                tl.store(SCP + row[:, None] * np_cap + page[None, :], x, mask=live[:, None] & (page < count)[None, :])
     tl.debug_barrier()  # every thread's scores are written before the ticket says so
-    if tl.atomic_add(TICKET + pair, 1, sem="acq_rel") == tiles - 1:
+    if tl.atomic_add(TICKET + pair, 1, sem="acq_rel") == active - 1:
         tl.store(TICKET + pair, 0)  # ready for the next layer
         first = tl.minimum(sink, count)
         last = tl.maximum(0, tl.minimum(count - local, (n - m) // P))
-        s = _load_scores(SCP, count, m * G, np_cap, GROUP, NB)
-        _choose(s, IDS + pair.to(tl.int64) * capacity, COUNTS + pair, count, first, last, capacity, NB)
+        at = pair.to(tl.int64) * capacity
+        _select(
+            SCP, table, IDS + at, PAGES + at, COUNTS + pair, count, m * G, first, last, capacity, np_cap, GROUP, NB
+        )  # fmt: skip
         if real:
             kept = tl.minimum(count, capacity)
             scored = count if SCORE != 3 else 0
@@ -221,6 +259,7 @@ class SelectBuffers:
 
     scores: Tensor
     ids: Tensor
+    pages: Tensor
     counts: Tensor
     ticket: Tensor
     stats: Tensor
@@ -237,6 +276,7 @@ class SelectBuffers:
 
         return cls(
             zeros(requests, heads, kept_rows, pages, dtype=torch.float32),
+            zeros(requests, heads, capacity),
             zeros(requests, heads, capacity),
             zeros(requests, heads),
             zeros(requests, heads),
@@ -270,8 +310,8 @@ def score_select(
     group: str,
     index_kind: str,
     num_warps: int = 4,
-) -> tuple[Tensor, Tensor]:
-    """Fill `buffers.ids` [R, H, capacity] and `buffers.counts` [R, H] for a decode batch; shapes as in `reference`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `buffers.ids`, `buffers.pages` [R, H, capacity] and `buffers.counts` [R, H]; shapes as in `reference`.
 
     Args:
         always_dense: [R] int32, nonzero = read every key (a prompt that is still being prefilled).
@@ -280,15 +320,16 @@ def score_select(
         dense_limit: requests of up to this many keys are dense.
 
     Returns:
-        (ids, counts), views of the buffers for these R requests.
+        (ids, pages, counts): logical pages, the same as physical pages, and how many; views of the buffers.
     """
     requests, heads = seq_lens.shape[0], k_cache.shape[1]
     g, d, page = q.shape[1] // heads, q.shape[2], k_cache.shape[2]
     np_cap = buffers.scores.shape[3]
     ind = index if index is not None else k_cache
-    _score_select[(requests * heads, triton.cdiv(np_cap, TILE))](
+    workers = max(1, min(triton.cdiv(np_cap, TILE), PROGRAMS // (requests * heads)))
+    _score_select[(requests * heads, workers)](
         q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping,
-        buffers.scores, buffers.ids, buffers.counts, buffers.ticket, buffers.stats,
+        buffers.scores, buffers.ids, buffers.pages, buffers.counts, buffers.ticket, buffers.stats,
         scale, dense_limit, capacity, sink, local, np_cap, block_table.stride(0),
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         ind.stride(0), ind.stride(1),
@@ -297,4 +338,4 @@ def score_select(
         KIND=KINDS[index_kind] if index is not None else -1, SC_ROWS=buffers.scores.shape[2],
         num_warps=num_warps,
     )  # fmt: skip
-    return buffers.ids[:requests], buffers.counts[:requests]
+    return buffers.ids[:requests], buffers.pages[:requests], buffers.counts[:requests]

@@ -21,7 +21,7 @@ MAX_SPLITS = 32
 
 @triton.jit
 def _attend(
-    q, K, V, BT, IDS, LOGW, MASKS, lo, hi, is_list, n, m, scale,
+    q, K, V, PAGES, LOGW, MASKS, lo, hi, ahead, is_list, n, m, scale,
     k_page, k_head, k_tok, v_page, v_head, v_tok, head,
     G: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
@@ -37,9 +37,7 @@ def _attend(
     KH = K + head * k_head
     VH = V + head * v_head
     for j in range(lo, hi):
-        entry = tl.load(IDS + j, mask=is_list, other=0)
-        page = tl.where(is_list, entry, j)
-        phys = tl.load(BT + page).to(tl.int64)
+        phys = tl.load(PAGES + j).to(tl.int64)
         at = KH + phys * k_page + rp[None, :] * k_tok + rd[:, None]
         if D == DP:
             keys = tl.load(at)
@@ -48,7 +46,8 @@ def _attend(
         x = tl.dot(q, keys, input_precision="ieee") * (scale * 1.4426950408889634)
         if WEIGHTED:
             x += tl.load(LOGW + j, mask=is_list, other=0.0) * 1.4426950408889634
-        seen = (page * P + rp)[None, :] < limit[:, None]
+        # The list ends with the request's last pages. An entry before them is no later than `ahead + j`, hence visible.
+        seen = ((ahead + j) * P + rp)[None, :] < limit[:, None]
         if MASKED:
             bits = tl.load(MASKS + j, mask=is_list, other=-1)
             seen = seen & (((bits >> (row // G)) & 1) == 1)[:, None]
@@ -81,11 +80,11 @@ def _merge_splits(PO, PL, splits, live_rows, MR: tl.constexpr, DP: tl.constexpr,
     acc = tl.zeros([MR, DP], tl.float32)
     rc = tl.arange(0, CHUNK)
     for s in range(0, splits, CHUNK):
-        ok = (s + rc < splits)[:, None] & (row < live_rows)[None, :]
-        part = tl.load(PL + (s + rc)[:, None] * MR + row[None, :], mask=ok, other=float("-inf"), cache_modifier=".cg")
+        here = (s + rc < splits)[:, None] & (row < live_rows)[None, :]
+        part = tl.load(PL + (s + rc)[:, None] * MR + row[None, :], mask=here, other=float("-inf"), cache_modifier=".cg")
         weight = tl.exp(part - top[None, :])
         at = PO + ((s + rc)[:, None, None] * MR + row[None, :, None]) * DP + rd[None, None, :]
-        out = tl.load(at, mask=ok[:, :, None], other=0.0, cache_modifier=".cg")
+        out = tl.load(at, mask=here[:, :, None], other=0.0, cache_modifier=".cg")
         acc += tl.sum(out * weight[:, :, None], 0)
     safe = tl.where(total > 0, total, 1.0)
     return acc / safe[:, None], tl.where(total > 0, top + tl.log(safe), float("-inf"))
@@ -93,7 +92,7 @@ def _merge_splits(PO, PL, splits, live_rows, MR: tl.constexpr, DP: tl.constexpr,
 
 @triton.jit
 def _sparse_decode(
-    Q, K, V, BT, SEQ, START, IDS, COUNTS, LOGW, MASKS, OUT, LSE, PO, PL, TICKET,
+    Q, K, V, BT, SEQ, START, PAGES, COUNTS, LOGW, MASKS, OUT, LSE, PO, PL, TICKET,
     scale, capacity, bt_row, q_tok, q_head, o_tok, o_head,
     k_page, k_head, k_tok, v_page, v_head, v_tok,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, MR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -111,7 +110,8 @@ def _sparse_decode(
     if (n == 0) | (m == 0):
         return
     is_list = count >= 0
-    count = tl.where(is_list, count, tl.cdiv(n, P))
+    total = tl.cdiv(n, P)
+    count = tl.where(is_list, count, total)
     share = tl.maximum(1, tl.cdiv(count, SPLITS))
     active = tl.maximum(1, tl.cdiv(count, share))
     if split >= active:
@@ -120,8 +120,12 @@ def _sparse_decode(
     hi = tl.minimum(lo + share, count)
     q, live = _query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
     first = pair.to(tl.int64) * capacity
+    if is_list:
+        pages = PAGES + first
+    else:
+        pages = BT + r.to(tl.int64) * bt_row
     acc, top, den = _attend(
-        q, K, V, BT + r.to(tl.int64) * bt_row, IDS + first, LOGW + first, MASKS + first, lo, hi, is_list, n, m, scale,
+        q, K, V, pages, LOGW + first, MASKS + first, lo, hi, total - count, is_list, n, m, scale,
         k_page, k_head, k_tok, v_page, v_head, v_tok, head, G, ROWS, P, D, DP, WEIGHTED, MASKED,
     )  # fmt: skip
     safe = tl.where(den > 0, den, 1.0)
@@ -144,7 +148,7 @@ def _sparse_decode(
     if tl.atomic_add(TICKET + pair, 1, sem="acq_rel") == active - 1:
         tl.store(TICKET + pair, 0)
         base = pair.to(tl.int64) * SPLITS * MR
-        merged, total = _merge_splits(PO + base * DP, PL + base, active, m * G, MR, DP, SB, CHUNK)
+        merged, merged_lse = _merge_splits(PO + base * DP, PL + base, active, m * G, MR, DP, SB, CHUNK)
         mrow = tl.arange(0, MR)
         token = q0 + mrow // G
         hq = head * G + mrow % G
@@ -152,12 +156,12 @@ def _sparse_decode(
         at = OUT + token[:, None] * o_tok + hq[:, None] * o_head + rd[None, :]
         tl.store(at, merged.to(OUT.dtype.element_ty), mask=alive[:, None] & (rd < D)[None, :])
         if WANT_LSE:
-            tl.store(LSE + token * (H * G) + hq, total, mask=alive)
+            tl.store(LSE + token * (H * G) + hq, merged_lse, mask=alive)
 
 
-def splits_for(pairs: int, programs: int = 528) -> int:
-    """Splits of one request and head, a power of two: enough programs to fill the device (528 = 4 x 132 SMs)."""
-    return min(MAX_SPLITS, max(1, triton.next_power_of_2(-(-programs // max(1, pairs)))))
+def splits_for(pairs: int, programs: int = 132) -> int:
+    """Splits of one request and head: about one deeply pipelined program for each of the 132 SMs of an H100."""
+    return min(MAX_SPLITS, max(1, round(programs / max(1, pairs))))
 
 
 @dataclass
@@ -189,7 +193,7 @@ def sparse_decode(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
-    ids: Tensor,
+    pages: Tensor,
     counts: Tensor,
     out: Tensor,
     buffers: DecodeBuffers,
@@ -201,12 +205,13 @@ def sparse_decode(
     lse: Tensor | None = None,
     splits: int | None = None,
     num_warps: int = 4,
-    num_stages: int = 3,
+    num_stages: int = 5,
 ) -> Tensor:
     """Attention of a decode batch over its page lists, written into `out` [T, Hq, D]; shapes as in `reference`.
 
     Args:
-        ids, counts: [R, H, C], [R, H] int32, as `score_select` leaves them; counts = -1 reads every page.
+        pages, counts: [R, H, C], [R, H] int32, physical pages as `score_select` leaves them: the list of a request ends
+            with every page that holds one of its query tokens, in order. counts = -1 reads every page.
         log_weight: [R, H, C] fp32 added to the logits of an entry; row_mask: [R, H, C] int32, bit t = token t reads it.
         lse: [T, Hq] fp32, filled with the log-sum-exp if given.
         max_query_len: most query tokens of a request; splits: programs a request and KV head (a constant of the graph).
@@ -220,10 +225,10 @@ def sparse_decode(
     splits = splits_for(requests * heads) if splits is None else splits
     dummy = buffers.lse
     _sparse_decode[(requests * heads, splits)](
-        q, k_cache, v_cache, block_table, seq_lens, query_start_loc, ids, counts,
+        q, k_cache, v_cache, block_table, seq_lens, query_start_loc, pages, counts,
         dummy if log_weight is None else log_weight, counts if row_mask is None else row_mask,
         out, dummy if lse is None else lse, buffers.out, buffers.lse, buffers.ticket,
-        scale, ids.shape[2], block_table.stride(0), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        scale, pages.shape[2], block_table.stride(0), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         H=heads, G=g, ROWS=rows, MR=mr, D=d, DP=dp, P=k_cache.shape[2],

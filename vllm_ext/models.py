@@ -83,8 +83,6 @@ def _check_gguf(path: Path, option: str) -> None:
 def _source(gguf: Path | None, progress: Progress) -> Path:
     """A verified GGUF file: the given one, the cached one, or a fresh download that is cached."""
     if gguf is not None:
-        if not gguf.is_file():
-            raise ConfigError(f"--gguf {gguf} is not a file; pass the path of {GGUF_NAME}.")
         progress("verifying the GGUF file", None)
         _check_gguf(gguf, f"--gguf {gguf}")
         return gguf
@@ -142,13 +140,15 @@ def smollm2(
         out: the directory to make; by default one per dtype under `cache_dir()`.
         dtype: "bfloat16" (269 MB), "float16" or "float32" (538 MB).
         progress: told what is being done.
-        gguf: the weights' GGUF file, where it must not be downloaded.
+        gguf: the weights' GGUF file, where it must not be downloaded; not read where the directory is there already.
 
     Raises:
         ConfigError: unknown dtype, no download, wrong checksum, or `out` is somebody else's directory.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
+    if gguf is not None and not gguf.is_file():
+        raise ConfigError(f"--gguf {gguf} is not a file; pass the path of {GGUF_NAME}.")
     target = (out or cache_dir() / "models" / f"smollm2-135m-instruct-{dtype}").absolute()
     if target.exists():
         progress("verifying the model directory", None)
@@ -244,7 +244,7 @@ def tiny_llama(
     heads: int = 4,
     kv_heads: int = 2,
     head_dim: int = 64,
-    hidden: int = 128,
+    hidden: int | None = None,
     intermediate: int = 256,
     vocab: int = 512,
     max_positions: int = 8192,
@@ -255,13 +255,13 @@ def tiny_llama(
     """Write a random Llama without a tokenizer (load it with `skip_tokenizer_init=True`) and return `out`.
 
     The weights are a function of the arguments alone. Query, key and value projections are scaled up so that attention
-    is peaked and greedy tokens depend on the context. With `sliding_window` (tokens) it is a Mistral whose layers all
-    have that window.
+    is peaked and greedy tokens depend on the context. `hidden` is a multiple of `heads`, by default 32 x heads. With
+    `sliding_window` (tokens) it is a Mistral whose layers all have that window.
     """
     from safetensors.torch import save_file
 
     shape = {
-        "hidden_size": hidden,
+        "hidden_size": hidden or 32 * heads,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -272,9 +272,8 @@ def tiny_llama(
         "torch_dtype": dtype,
     }
     config = _tiny_config(sliding_window, shape)
-    weights = _tiny_weights(config, seed)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(_tiny_weights(config, seed), out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     return out

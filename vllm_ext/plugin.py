@@ -132,6 +132,7 @@ def _wrap_post_init(original: Callable[..., Any]) -> Any:
         if _concerns_us(self):
             with _exit_code():
                 _selected(self)
+            _log_expansion()
         original(self)
 
     return __post_init__
@@ -261,5 +262,10 @@ def _rewrite_command_line() -> None:
         _log().warning(
             "vllm-ext cannot read this command line (%s: %s) and leaves it as it is.", type(error).__name__, error
         )
+
+
+@functools.cache
+def _log_expansion() -> None:
+    """Log once what `--plugins` stood for; not while it is expanded, since vLLM sets its logging up after that."""
     if _expansion is not None:
         _log().info("vllm-ext: %s", command_line.describe(_expansion))

@@ -69,6 +69,7 @@ class Server:
         env: environment variables on top of this process's.
         log: file for the server's output; by default a temporary one, see `log_path`.
         timeout: seconds to wait for health.
+        patience: seconds for an orderly end after SIGINT, and half of that after SIGTERM, before SIGKILL.
         on_wait: called about twice a second while waiting.
     """
 
@@ -80,12 +81,14 @@ class Server:
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
         timeout: float = 600.0,
+        patience: float = 20.0,
         on_wait: Waiting = lambda seconds, line: None,
     ) -> None:
         self.model = str(model)
         self.args = [str(a) for a in args]
         self.env = dict(env or {})
         self.timeout = timeout
+        self.patience = patience
         self.on_wait = on_wait
         self.port = free_port()
         self.startup_seconds = float("nan")
@@ -100,6 +103,11 @@ class Server:
     def url(self) -> str:
         """`http://127.0.0.1:PORT`; the OpenAI API is under `/v1`."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, which is the id of its process group too; 0 before it was started."""
+        return self._process.pid if self._process else 0
 
     def command(self) -> list[str]:
         """The command line, as a list."""
@@ -168,28 +176,26 @@ class Server:
 
     def alive(self) -> bool:
         """Whether the server or a child of it still runs."""
-        return self._process is not None and group_alive(self._process.pid)
+        return self._process is not None and group_alive(self.pid)
 
-    def stop(self, patience: float = 20.0) -> None:
-        """Stop the server and every process of its group; harmless when it is stopped already.
-
-        Args:
-            patience: seconds for an orderly end after SIGINT, then half of that after SIGTERM, before SIGKILL.
-        """
-        process = self._process
-        if process is None:
+    def stop(self) -> None:
+        """Stop the server and every process of its group; harmless when it is stopped already."""
+        if self._process is None:
             return
-        for number, seconds in ((signal.SIGINT, patience), (signal.SIGTERM, patience / 2), (signal.SIGKILL, 30.0)):
+        stages = ((signal.SIGINT, self.patience), (signal.SIGTERM, self.patience / 2), (signal.SIGKILL, 30.0))
+        for number, seconds in stages:
             if not self.alive():
                 break
             # SIGINT is for the parent, which asks its engine to end; the sterner two are for everybody
             with contextlib.suppress(ProcessLookupError):
-                (os.kill if number is signal.SIGINT else os.killpg)(process.pid, number)
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline:
-                process.poll()
-                if not self.alive():
-                    break
-                time.sleep(0.1)
-        process.wait(timeout=30)
-        self._process = None
+                (os.kill if number is signal.SIGINT else os.killpg)(self.pid, number)
+            self._wait_for_end(seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
+
+    def _wait_for_end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < deadline:
+            assert self._process is not None
+            self._process.poll()
+            time.sleep(0.1)

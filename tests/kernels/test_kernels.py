@@ -52,12 +52,17 @@ def run_select(p: Paged, score: str, group: str, capacity: int, dense_limit: int
     buf = SelectBuffers.allocate(len(p.lens), heads, rows, pages or p.block_table.shape[1], capacity, group, DEVICE)
     buf.ids.fill_(-7)
     buf.counts.fill_(-7)
-    ids, counts = score_select(
+    ids, pages, counts = score_select(
         p.q, p.k_cache, p.index, p.block_table, p.seq_lens, p.query_start_loc,
         torch.zeros(len(p.lens), dtype=torch.int32, device=DEVICE), p.slot_mapping, buf,
         max_query_len=m, scale=p.scale, dense_limit=dense_limit, capacity=capacity, score=score, group=group,
         index_kind="minmax", **KW,
     )  # fmt: skip
+    for r in range(len(p.lens)):
+        for h in range(heads):
+            c = int(counts[r, h])
+            if c > 0:
+                assert torch.equal(pages[r, h, :c], p.block_table[r][ids[r, h, :c].long()])
     return ids, counts, buf
 
 
@@ -156,6 +161,11 @@ def test_sparse_decode_equals_reference(name: str, dtype: torch.dtype) -> None:
         check_decode(p, ids, counts, dtype)
 
 
+def physical(p: Paged, ids: torch.Tensor) -> torch.Tensor:
+    """Physical pages of logical lists."""
+    return torch.stack([p.block_table[r][ids[r].clamp(min=0).long()] for r in range(len(p.lens))])
+
+
 def check_decode(p: Paged, ids: torch.Tensor, counts: torch.Tensor, dtype: torch.dtype, **extra) -> None:
     m = max(b - a for a, b in zip(p.starts, p.starts[1:]))
     h = p.k_cache.shape[1]
@@ -164,7 +174,7 @@ def check_decode(p: Paged, ids: torch.Tensor, counts: torch.Tensor, dtype: torch
         lse = torch.full(p.q.shape[:2], float("nan"), device=DEVICE)
         buf = DecodeBuffers.allocate(len(p.lens), h, m * p.q.shape[1] // h, p.q.shape[2], DEVICE)
         sparse_decode(
-            p.q, p.k_cache, p.v_cache, p.block_table, p.seq_lens, p.query_start_loc, ids, counts, out, buf,
+            p.q, p.k_cache, p.v_cache, p.block_table, p.seq_lens, p.query_start_loc, physical(p, ids), counts, out, buf,
             max_query_len=m, scale=p.scale, lse=lse, splits=splits, **extra,
         )  # fmt: skip
         assert (buf.ticket == 0).all()

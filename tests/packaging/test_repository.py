@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ext import docs
+from vllm_ext import docs, metrics
 from vllm_ext.options import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,3 +65,10 @@ def test_help_names_every_target():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"^  make ([a-z]+)", text, re.MULTILINE)) == set(targets)
+
+
+def test_dashboard_shows_metrics_that_exist():
+    board = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    used = set(re.findall(r"vllm_ext:(\w+?)_total", json.dumps(board["panels"])))
+    assert used == set(metrics.NAMES)
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

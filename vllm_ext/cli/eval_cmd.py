@@ -66,6 +66,7 @@ def evaluate(
     check_dtype(dtype)
     for row in rows:
         row.engine_args()  # a wrong plugin or option ends the command before any weight is loaded
+    settings.check_prompts()
     run(settings, rows, in_process, out, commit)
 
 

@@ -15,6 +15,9 @@ CITIES = (
 )  # fmt: skip
 """Keys of the needles; none of them occurs in the filler."""
 
+MOST_VALUES = 8
+"""Most numbers of one key."""
+
 INSTRUCTION = "Some special magic numbers are hidden in the following text. Remember them.\n\n"
 
 
@@ -58,8 +61,8 @@ def make_niah(
     """
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth must be between 0 and 1, got {depth}.")
-    if not (1 <= keys <= len(CITIES) and 1 <= values <= 8):
-        raise ValueError(f"keys must be 1 to {len(CITIES)} and values 1 to 8, got {keys} and {values}.")
+    if not (1 <= keys <= len(CITIES) and 1 <= values <= MOST_VALUES):
+        raise ValueError(f"keys must be 1 to {len(CITIES)} and values 1 to {MOST_VALUES}, got {keys} and {values}.")
     rng = random.Random(f"{seed}/{length}/{depth}/{keys}/{values}")
     cities = rng.sample(CITIES, keys)
     numbers = [str(n) for n in rng.sample(range(1_000_000, 10_000_000), keys - 1 + values)]

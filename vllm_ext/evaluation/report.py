@@ -117,4 +117,5 @@ def _panel(axis: Any, results: list[dict[str, Any]], task: str, length: int) -> 
     axis.set_ylabel(title)
     axis.set_title(f"{task}, {length} tokens", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)

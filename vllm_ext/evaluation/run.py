@@ -42,7 +42,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="vllm-ext-eval-") as scratch:
         for number, row in enumerate(rows):
             print(f"[{number + 1}/{len(rows)}] {row.label}", file=sys.stderr, flush=True)
-            job = {"settings": settings.to_json(), "label": row.label, "options": row.options}
+            job: dict[str, Any] = {"settings": settings.to_json(), "label": row.label, "options": row.options}
             job |= {"scratch": scratch, "recording": number == 0}
             results.append(run_job(job) if in_process else _fresh(job, Path(scratch)))
             on_row(results)

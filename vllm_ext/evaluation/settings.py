@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ext.evaluation.niah import CITIES, MOST_VALUES
 from vllm_ext.options import ConfigError
 
 TASKS = ("niah", "kl", "ppl")
@@ -63,10 +64,40 @@ class Settings:
         for name, value in positive.items():
             if value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}.")
+        if self.keys > len(CITIES) or self.values > MOST_VALUES:
+            limits = f"--keys must be at most {len(CITIES)} and --values at most {MOST_VALUES}"
+            raise ConfigError(f"{limits}, got {self.keys} and {self.values}.")
         if not self.lengths or min(self.lengths) < 128:
             raise ConfigError(f"--length must be at least 128 tokens, got {min(self.lengths, default=0)}.")
         if not 0.05 <= self.memory <= 0.98:
             raise ConfigError(f"--memory must be between 0.05 and 0.98, got {self.memory}.")
+
+    def check_prompts(self) -> None:
+        """Build one prompt of every cell, so that a length that cannot be built ends the command before any engine.
+
+        Raises:
+            ConfigError: no usable tokenizer, no chat template, or a length without room for text.
+        """
+        from transformers import AutoTokenizer
+
+        from vllm_ext.evaluation import corpus, niah
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+        except Exception as error:  # transformers raises many types here
+            reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"model '{self.model}' has no usable tokenizer ({reason}); add its files.") from None
+        for length in self.lengths:
+            try:
+                if "niah" in self.tasks:
+                    niah.make_niah(
+                        tokenizer, length, 0.5, self.seed, keys=self.keys, values=self.values, chat=self.chat
+                    )
+                if {"kl", "ppl"} & set(self.tasks):
+                    corpus.windows(tokenizer, self.texts, length + self.positions + 1)
+            except ValueError as error:
+                option = "--no-chat" if "chat template" in str(error) else "--length"
+                raise ConfigError(f"--length {length} cannot be built: {error} Change {option}.") from None
 
     @property
     def longest(self) -> int:
@@ -96,4 +127,5 @@ class Settings:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Settings:
         """The inverse of `to_json` after a trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)

@@ -33,7 +33,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 
 
 def bootstrap_mean(
-    groups: Sequence[Sequence[float]], confidence: float = 0.95, rounds: int = 2000, seed: int = 0
+    groups: Sequence[Sequence[float] | np.ndarray], confidence: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over all values, resampling whole groups.
 

@@ -168,7 +168,7 @@ class TeacherForcing(RunnerV1Base, RunnerV2Base):
             self._scripts[req_idx] = script
         return script is not None
 
-    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:  # type: ignore[override]
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Note and force the rows `[rows, vocab]` of this step in place."""
         rows, scripts, steps = self._rows(logits, ctx)
         if not rows:
