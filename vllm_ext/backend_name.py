@@ -46,7 +46,7 @@ def install(platform: str) -> list[Undo]:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     restore(BACKEND_NAME, PATHS[platform])
-    copyreg.pickle(AttentionBackendEnum, _reduce)  # type: ignore[arg-type]
+    copyreg.pickle(AttentionBackendEnum, _reduce)
     undo: list[Undo] = [lambda: copyreg.dispatch_table.pop(AttentionBackendEnum, None)]  # type: ignore[list-item]
     return undo + (_honour_on_cpu() if platform == "cpu" else [])
 

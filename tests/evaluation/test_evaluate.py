@@ -45,6 +45,7 @@ def test_dense_against_dense(model, tmp_path, monkeypatch, capsys, extra):
     assert cell["agree"] == 1.0
     assert cell["tokens"] == 27
     assert control["ppl"][0]["nll"] == pytest.approx(dense["ppl"][0]["nll"], abs=1e-6)
+    assert abs(control["ppl"][0]["nll_more"]) < 1e-6
     assert dense["niah"][0]["samples"] == 3
     answers = [[a["generated"] for a in r["niah"][0]["answers"]] for r in (dense, control)]
     assert answers[0] == answers[1]

@@ -131,7 +131,7 @@ def _sparse_decode(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
 
     def call(x: Layer) -> Any:
         return sparse_decode(
-            x.q, x.k, x.v, x.table, b.seq_lens, b.start, b.select.ids[: b.case.batch], b.select.counts[: b.case.batch],
+            x.q, x.k, x.v, x.table, b.seq_lens, b.start, b.select.pages[: b.case.batch], b.select.counts[: b.case.batch],
             x.out, b.decode, max_query_len=1, scale=SCALE,
         )  # fmt: skip
 

@@ -32,7 +32,7 @@ def table(results: list[dict[str, Any]]) -> Any:
     titles = {
         "niah": ["needles"],
         "kl": ["mean KL, nats", "median", "p99", "same top token"],
-        "ppl": ["perplexity"],
+        "ppl": ["perplexity", "NLL over dense"],
     }
     for task in tasks:
         for title in titles[task]:
@@ -51,7 +51,12 @@ def _cells(task: str, cell: dict[str, Any]) -> list[str]:
     if task == "niah":
         return [f"{cell['correct']}/{cell['samples']} ({cell['low']:.2f}–{cell['high']:.2f})"]
     if task == "ppl":
-        return [f"{cell['ppl']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})"]
+        more = (
+            "–"
+            if "nll_more" not in cell
+            else f"{cell['nll_more']:+.4f} ({cell['nll_more_low']:+.3f}–{cell['nll_more_high']:+.3f})"
+        )
+        return [f"{cell['ppl']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})", more]
     return [
         f"{cell['mean']:.5f} ({cell['low']:.5f}–{cell['high']:.5f})",
         f"{cell['median']:.5f}",
@@ -63,7 +68,7 @@ def _cells(task: str, cell: dict[str, Any]) -> list[str]:
 MEASURES = {
     "niah": ("needles found", "accuracy", "low", "high"),
     "kl": ("mean KL to dense, nats", "mean", "low", "high"),
-    "ppl": ("perplexity", "ppl", "low", "high"),
+    "ppl": ("NLL over dense, nats", "nll_more", "nll_more_low", "nll_more_high"),
 }
 
 
@@ -93,7 +98,7 @@ def _panel(axis: Any, results: list[dict[str, Any]], task: str, length: int) -> 
     series: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for result in results:
         cell = next((c for c in result.get(task, []) if c["length"] == length), None)
-        if cell is None:
+        if cell is None or value not in cell:
             continue
         if result["label"] == CONTROL:
             continue
@@ -112,6 +117,8 @@ def _panel(axis: Any, results: list[dict[str, Any]], task: str, length: int) -> 
     if series:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("budget, keys a query")
+    if task == "ppl":
+        axis.axhline(0, color="black", linewidth=1, label="dense")
     if task == "kl" and series:
         axis.set_yscale("log")
     axis.set_ylabel(title)

@@ -102,7 +102,7 @@ def describe(llm: Any) -> dict[str, Any]:
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
-        "attention_backend": str(config.attention_config.backend),
+        "attention_backend": getattr(config.attention_config.backend, "name", "auto"),
         "block_size": config.cache_config.block_size,
         "prefix_caching": bool(config.cache_config.enable_prefix_caching),
     }

@@ -120,6 +120,10 @@ def _forced_cell(settings: Settings, length: int, tape: Tape, keys: list[str]) -
     cell["ppl"] |= {"ppl": math.exp(mean), "low": math.exp(low), "high": math.exp(high)}
     if tape.recording:
         return cell
+    # Texts differ far more than methods do: the difference to dense, position by position, is the sharp measure.
+    more = [ours - dense for ours, dense in zip(nll, _decoded(tape.dense_nll, keys))]
+    low, high = stats.bootstrap_mean(more)
+    cell["ppl"] |= {"nll_more": float(np.concatenate(more).mean()), "nll_more_low": low, "nll_more_high": high}
     kl = _decoded(tape.kl, keys)
     flat = np.concatenate(kl)
     low, high = stats.bootstrap_mean(kl)

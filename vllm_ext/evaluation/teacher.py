@@ -60,6 +60,7 @@ class Tape:
         kl: key -> float64 `[steps]`, KL(reference || this run) in nats; not filled while recording.
         agree: key -> float64 `[steps]`, 1.0 where both runs' most likely token is the same.
         nll: key -> float64 `[steps]`, negative log-likelihood of the forced token in nats.
+        dense_nll: the same under the reference; not filled while recording.
 
     Step 0 comes from the prefill and is no decode step; unvisited steps are NaN.
     """
@@ -69,6 +70,7 @@ class Tape:
     kl: dict[str, np.ndarray] = field(default_factory=dict)
     agree: dict[str, np.ndarray] = field(default_factory=dict)
     nll: dict[str, np.ndarray] = field(default_factory=dict)
+    dense_nll: dict[str, np.ndarray] = field(default_factory=dict)
     _files: dict[str, Any] = field(default_factory=dict)
 
     def observe(self, scripts: list[_Script], steps: list[int], logits: torch.Tensor) -> None:
@@ -85,6 +87,7 @@ class Tape:
         rows = torch.from_numpy(np.stack([file[step] for file, step in zip(files, steps)]))
         reference = rows.to(logits.device)
         theirs = torch.log_softmax(reference.double(), dim=-1)
+        self._store(self.dense_nll, scripts, steps, -theirs.gather(1, forced[:, None])[:, 0])
         terms = torch.where(theirs.isinf(), 0.0, theirs.exp() * (theirs - ours))
         self._store(self.kl, scripts, steps, terms.sum(-1))
         self._store(self.agree, scripts, steps, (logits.argmax(-1) == reference.argmax(-1)).double())
