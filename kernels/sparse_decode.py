@@ -223,7 +223,7 @@ def sparse_decode(
     rows = padded_rows(max_query_len, g)
     mr, dp = triton.next_power_of_2(max_query_len * g), triton.next_power_of_2(d)
     splits = splits_for(requests * heads) if splits is None else splits
-    dummy = buffers.lse
+    sb, dummy = triton.next_power_of_2(splits), buffers.lse
     _sparse_decode[(requests * heads, splits)](
         q, k_cache, v_cache, block_table, seq_lens, query_start_loc, pages, counts,
         dummy if log_weight is None else log_weight, counts if row_mask is None else row_mask,
@@ -232,7 +232,7 @@ def sparse_decode(
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         H=heads, G=g, ROWS=rows, MR=mr, D=d, DP=dp, P=k_cache.shape[2],
-        SPLITS=splits, SB=triton.next_power_of_2(splits), CHUNK=max(1, min(splits, 4096 // (mr * dp))),
+        SPLITS=splits, SB=sb, CHUNK=min(sb, max(1, 4096 // (mr * dp))),
         WEIGHTED=log_weight is not None, MASKED=row_mask is not None, WANT_LSE=lse is not None,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -159,7 +159,12 @@ def smollm2(
             raise ConfigError(f"--out {target} exists and was not made by vllm-ext; choose another directory.")
         if any(target.iterdir()):
             logger.warning("%s %s and is built again.", target, problem)
-    source = _source(gguf, progress)
+    _build(target, dtype, _source(gguf, progress), progress)
+    return target
+
+
+def _build(target: Path, dtype: str, source: Path, progress: Progress) -> None:
+    """Convert `source` beside `target`, add the checksums, and put the result in place in one step."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".vllm-ext-") as folder:
         scratch = Path(folder) / "model"
@@ -170,7 +175,6 @@ def smollm2(
         content = {"format": FORMAT, "source_sha256": GGUF_SHA256, "dtype": dtype, "files": files}
         write_json(scratch / MANIFEST, content)
         _publish(scratch, target)
-    return target
 
 
 def _tiny_config(sliding_window: int | None, shape: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Server:
         model: model directory or name.
         args: further arguments of `vllm serve`, e.g. `["--plugins", "quest"]`.
         env: environment variables on top of this process's.
-        log: file for the server's output; by default a temporary one, see `log_path`.
+        log: file for the server's output; by default a temporary one, which stays only if something goes wrong.
         timeout: seconds to wait for health.
         patience: seconds for an orderly end after SIGINT, and half of that after SIGTERM, before SIGKILL.
         on_wait: called about twice a second while waiting.
@@ -81,7 +81,7 @@ class Server:
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
         timeout: float = 600.0,
-        patience: float = 20.0,
+        patience: float = 10.0,
         on_wait: Waiting = lambda seconds, line: None,
     ) -> None:
         self.model = str(model)
@@ -92,6 +92,7 @@ class Server:
         self.on_wait = on_wait
         self.port = free_port()
         self.startup_seconds = float("nan")
+        self._temporary = log is None
         if log is None:
             handle, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
             os.close(handle)
@@ -136,6 +137,8 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
+        if kind is None and self._temporary:
+            self.log_path.unlink(missing_ok=True)
 
     def _wait_for_health(self, begun: float) -> None:
         assert self._process is not None

@@ -123,3 +123,14 @@ def test_orphaned_child_is_stopped_though_its_parent_is_gone(log):
         time.sleep(0.3)
         assert server.alive()
     assert not serving.group_alive(server.pid)
+
+
+def test_temporary_log_stays_only_if_something_goes_wrong():
+    with StandIn(HEALTHY) as good:
+        assert good.log_path.exists()
+    assert not good.log_path.exists()
+    bad = StandIn("raise SystemExit(1)")
+    with pytest.raises(ServerError), bad:
+        pass
+    assert bad.log_path.exists()
+    bad.log_path.unlink()

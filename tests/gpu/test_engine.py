@@ -14,7 +14,7 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-TIE = 0.2
+TIE = 0.5
 LENGTHS = (5, 63, 64, 65, 700, 1500, 2100, 3000)
 OUTPUT = 48
 COVERING = {"budget": 4096, "dense_below": 0}  # a list that holds every page: must equal dense
@@ -117,10 +117,9 @@ def test_covering_budget_is_dense(stock: dict[str, Any], covering: dict[str, Any
 
 
 def test_prefix_hits_give_the_same_tokens(sparse: dict[str, Any]) -> None:
-    first, second = sparse["tokens"]
-    agree = sum(a == b for a, b in zip(first, second))
     assert sparse["cached"] > 4000
-    assert agree >= len(LENGTHS) - 1  # one tie may fall the other way: batches differ
+    again = {"tokens": [sparse["tokens"][1]]}
+    assert not differences(sparse, again, 0)
 
 
 def test_short_requests_equal_stock_when_sparse(stock: dict[str, Any], sparse: dict[str, Any]) -> None:
@@ -128,7 +127,7 @@ def test_short_requests_equal_stock_when_sparse(stock: dict[str, Any], sparse: d
     wrong = [w for w in differences(stock, sparse, 0) if int(w.split()[1]) in short]
     assert not wrong
     read, visible, *_ = sparse["stats"]
-    assert 0.3 < read / visible < 0.7
+    assert 0.25 < read / visible < 0.35  # 4 x 512 of 7300 keys, and the short requests whole
 
 
 def test_full_graphs_equal_eager(smollm2_dir: str, sparse: dict[str, Any]) -> None:

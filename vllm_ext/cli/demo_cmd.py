@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import signal
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +116,8 @@ def _run_all(console: Console, model: Path, plan: Plan, questions: Sequence[Ques
             def asking(question: Question, status: Any = status, label: str = label) -> None:
                 status.update(f"{label}: {question.label}")
 
-            server = Server(model, [*args, *plugin], env=env, on_wait=waiting)
+            log = Path(tempfile.mkstemp(prefix="vllm-ext-demo-", suffix=".log")[1]) if keep_logs else None
+            server = Server(model, [*args, *plugin], env=env, log=log, on_wait=waiting)
             shown = shlex.join(["vllm", "serve", str(model), *args, *plugin])
             console.print(f"{label}: {shown}", highlight=False, soft_wrap=True)
             try:
@@ -124,8 +126,6 @@ def _run_all(console: Console, model: Path, plan: Plan, questions: Sequence[Ques
                 raise ConfigError(f"the server {label} did not start; its log is {server.log_path}. {error}") from None
         if keep_logs:
             console.print(f"{label}: log {server.log_path}", highlight=False, soft_wrap=True)
-        else:
-            server.log_path.unlink(missing_ok=True)
     return results
 
 
@@ -133,4 +133,6 @@ def _plain(line: str) -> str:
     """A log line that fits beside the progress text and holds no markup."""
     from rich.markup import escape
 
-    return escape(line[-90:])
+    from vllm_ext.demo.session import message
+
+    return escape(message(line)[:60])

@@ -150,11 +150,16 @@ def ask(client: Any, model: str, question: Question) -> Answer:
     return Answer(text.strip(), is_right(text, question.expected), first - begun, tokens, rate)
 
 
+def message(line: str) -> str:
+    """A line of vLLM's log without its head (process, level, time, place)."""
+    return re.sub(r"^(\(.*?\) )?[A-Z]+ \d\d-\d\d [\d:]+ \[\S+\] ", "", line)
+
+
 def banner(log: str) -> list[str]:
     """The plugin's start-up banner out of a server's log, without the log's own line heads."""
     lines: list[str] = []
     for line in log.splitlines():
-        bare = re.sub(r"^(\(.*?\) )?[A-Z]+ \d\d-\d\d [\d:]+ \[\S+\] ", "", line)
+        bare = message(line)
         if re.match(r"  " if lines else r"vllm-ext \d", bare):
             lines.append(bare)
         elif lines:

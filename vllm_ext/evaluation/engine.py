@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def destroy(llm: Any) -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated() / 2**30
+        if held > 1:
+            print(f"warning: {held:.1f} GiB of the last engine are still held", file=sys.stderr, flush=True)
 
 
 def check_model(model: str) -> dict[str, Any]:
