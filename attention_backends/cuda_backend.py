@@ -61,6 +61,7 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
     """Splits a batch into decode rows (sparse engine) and prefill rows (FlashAttention)."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table = False  # the decode and prefill parts hold slices of the block table
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

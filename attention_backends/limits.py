@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_ext.attention_backends.method import SparseMethod
+from vllm_ext.attention_backends.method import PAGE_SIZES, SparseMethod
 from vllm_ext.options import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +15,11 @@ MAX_GROUP = 16
 MAX_PAGES = 16384
 
 COMPATIBILITY = {
+    "page sizes (= vLLM's block size)": f"{', '.join(map(str, PAGE_SIZES))}; on CPUs a multiple of 32",
+    "head sizes": f"{', '.join(map(str, HEAD_SIZES))} on GPUs; on CPUs what vLLM's CPU attention takes",
+    "query heads a KV head": f"up to {MAX_GROUP}",
+    "dtypes": "bfloat16 and float16; float32 on CPUs only",
+    "context": f"up to {MAX_PAGES} pages, with pages of 64 that is {MAX_PAGES * 64:,} tokens",
     "chunked prefill, mixed batches": "works",
     "prefix caching": "works; the page index is part of the cached page",
     "preemption and recompute": "works; recomputed tokens are prefill, hence dense",

@@ -8,6 +8,7 @@ classes are read while vLLM's command line is being built.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,8 @@ class SparseMethod:
     """What is kept for a page: nothing, channel-wise minimum and maximum of K, or the mean of K."""
     score: ClassVar[Literal["bound", "dot", "exact", "recency"]] = "recency"
     """How a page is scored for a query: bound of its logits, mean key, its exact softmax mass, its position."""
+    paper_values: ClassVar[Mapping[str, Any]] = {}
+    """Option -> the paper's value, where the paper gives one that differs from the default here."""
 
     budget: int = option(1024, "keys read per query and KV head in a sparse step", unit="tokens", minimum=16)
     page_size: int = option(64, "tokens a page (= vLLM block size)", unit="tokens", choices=PAGE_SIZES)
@@ -51,6 +54,11 @@ class SparseMethod:
     def plugin_name(cls) -> str:
         """Name in plugins.yaml and on the command line."""
         return getattr(cls, "name", cls.__name__.lower())
+
+    @property
+    def group(self) -> str:
+        """How the scores of a GQA group's query heads combine: max, mean or softmax; a method may make it an option."""
+        return "max"
 
     @property
     def capacity(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vllm_ext.attention_backends.method import SparseMethod
 from vllm_ext.options import option
@@ -20,6 +21,7 @@ class Quest(SparseMethod):
     name: ClassVar[str] = "quest"
     index: ClassVar[Literal["minmax"]] = "minmax"
     score: ClassVar[Literal["bound"]] = "bound"
+    paper_values: ClassVar[Mapping[str, Any]] = {"page_size": 16}
 
     group: str = option(
         "max", "how the bounds of a GQA group's query heads combine", choices=("max", "mean", "softmax")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vllm_ext.attention_backends.method import SparseMethod
 
@@ -14,4 +15,4 @@ class Streaming(SparseMethod):
 
     name: ClassVar[str] = "streaming"
     score: ClassVar[Literal["recency"]] = "recency"
-    group: ClassVar[str] = "max"
+    paper_values: ClassVar[Mapping[str, Any]] = {"sink": "4 tokens", "dense_layers": []}

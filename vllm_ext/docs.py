@@ -10,34 +10,133 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from vllm_ext.options import ConfigError
+from vllm_ext import catalogue
+from vllm_ext.markdown import table
+from vllm_ext.options import ConfigError, bounds, describe
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join([row(head), row(["---"] * len(head)), *map(row, rows)])
-
-
 def plugins_table() -> str:
     """The plugins of the catalogue, one row each."""
-    from vllm_ext import catalogue
-
     rows = [
-        (f"`{p.name}`", p.kind, p.summary, p.paper, p.training, ", ".join(f"`{c}`" for c in p.conflicts) or "none")
+        (f"[`{p.name}`](docs/plugins.md#{p.name})", p.kind, p.summary, p.paper, p.training)
         for p in catalogue.load().values()
     ]
-    return table(("plugin", "kind", "what it does", "paper", "training", "not together with"), rows)
+    return table(("plugin", "kind", "what it does", "paper", "training"), rows)
 
 
-SECTIONS: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"plugins": plugins_table}}
+def conflicts_table() -> str:
+    """What each plugin cannot be combined with, one row each."""
+    from vllm_ext.config import expand
+
+    rows = []
+    for p in catalogue.load().values():
+        needs = ", ".join(f"`--{k.replace('_', '-')} {v}`" for k, v in expand([p.name]).stock_args.items())
+        rows.append((f"`{p.name}`", _codes(p.conflicts) or "none", needs or "none"))
+    return table(("plugin", "not together with", "engine arguments that it sets, by default"), rows)
+
+
+def compatibility_table() -> str:
+    """What the attention engine works with, as its code declares it."""
+    from vllm_ext.attention_backends.limits import COMPATIBILITY
+
+    return table(("with", "sparse attention plugins"), list(COMPATIBILITY.items()))
+
+
+def metrics_table() -> str:
+    """Every metric, one row each."""
+    from vllm_ext import metrics
+
+    rows = [(f"`vllm_ext:{name}_total`", "counter", metrics.HELP[name]) for name in metrics.NAMES]
+    return table(("name", "type", "meaning"), [("`vllm_ext:attention_density`", "gauge", metrics.DENSITY_HELP), *rows])
+
+
+def results_tables() -> str:
+    """Every record under docs/results as a table."""
+    from vllm_ext import results
+
+    return results.tables(ROOT / "docs" / "results", ROOT)
+
+
+def plugin_pages() -> str:
+    """Every plugin with all its options."""
+    return "\n\n".join(map(_page, catalogue.load().values()))
+
+
+def _page(plugin: catalogue.Plugin) -> str:
+    facts = [
+        ("Kind", plugin.kind),
+        ("Paper", plugin.paper),
+        ("Code", f"`{plugin.class_path}`"),
+        ("Training or calibration needed", plugin.training),
+        ("Not together with", _codes(plugin.conflicts) or "none"),
+        ("Evidence", "; ".join(f"{k}: {_evidence(v)}" for k, v in plugin.evidence.items()) or "none recorded"),
+    ]
+    lines = "\n".join(f"* {label}: {text}" for label, text in facts)
+    head = ("option", "type", "unit", "default", "paper", "bounds", "meaning")
+    options = table(head, [_option(o) for o in describe(plugin.cls())])
+    return f"## {plugin.name}\n\n{_sentence(plugin.summary)}\n\n{lines}\n\n{options}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _codes(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _evidence(items: Sequence[str]) -> str:
+    """Links to records, as seen from docs/."""
+    links = (f"[{Path(i).name}](../{i})" if (ROOT / i).is_file() else i for i in items)
+    return ", ".join(links) or "none recorded"
+
+
+def _option(o: dict[str, Any]) -> list[str]:
+    paper = "–" if o["paper"] is None else _value(o["paper"])
+    return [f"`{o['name']}`", o["type"], o["unit"] or "–", _value(o["default"]), paper, bounds(o) or "–", o["help"]]
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def methods_table() -> str:
+    """The slots that each sparse attention method fills, and what it took."""
+    text = (ROOT / "plugins.yaml").read_text(encoding="utf-8")
+    rows = []
+    for p in catalogue.load().values():
+        if p.kind != "attention":
+            continue
+        path = p.class_path.partition(":")[0].removeprefix("vllm_ext.").replace(".", "/") + ".py"
+        entry = re.search(rf"^{p.name}:\n((?:  .*\n)+)", text, re.MULTILINE)
+        method, yaml_lines = p.cls()(), entry.group(0).count("\n") if entry else 0
+        lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        slots = (f"`{method.index}`", f"`{method.score}`", f"`{method.group}`")
+        rows.append([f"`{p.name}`", *slots, f"[{path}](../{path})", str(lines), str(yaml_lines)])
+    head = ("method", "index", "score", "group", "file", "lines of the file", "lines in plugins.yaml")
+    return table(head, rows)
+
+
+def quest_source() -> str:
+    """The code of Quest."""
+    return f"```python\n{(ROOT / 'attention_backends' / 'quest.py').read_text(encoding='utf-8')}```"
+
+
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "plugins": plugins_table,
+        "metrics": metrics_table,
+        "compatibility": compatibility_table,
+        "conflicts": conflicts_table,
+        "results": results_tables,
+    },
+    "docs/plugins.md": {"plugins": plugin_pages},
+    "docs/adding-a-method.md": {"quest": quest_source, "methods": methods_table},
+}
 """File -> name of the marker -> what makes the text between the markers."""
 
 
@@ -51,7 +150,8 @@ def fill(text: str, name: str, content: str) -> str:
     pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ConfigError(f"the markers {begin} and {end} must be in the file once, one after the other.")
-    return pattern.sub(lambda match: f"{begin}\n{content}\n{end}", text)
+    body = f"{content}\n" if content else ""
+    return pattern.sub(lambda match: f"{begin}\n{body}{end}", text)
 
 
 def generate(root: Path = ROOT) -> dict[Path, str]:

@@ -1,114 +1,53 @@
 """Every vLLM name that vllm-ext relies on or rebinds, each with a probe. `vllm-ext doctor` prints the table.
 
-A probe returns "" if the name is as expected, or what is missing. `plugin.register` runs those of the names it is
-about to rebind, and declines if one fails: serving then goes on as if vllm-ext were not installed.
+`plugin.register` runs the probes of the names that it is about to rebind, and declines if one fails: serving then goes
+on as if vllm-ext were not installed. The other probes import attention code, so only `doctor` runs them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vllm_ext.probes import Hook, dotted_flags, equals, has, padding_counts, platform_takes, resolve, sets, takes
+
+__all__ = ["TABLE", "VLLM_VERSION", "Hook", "platform_name", "refusal", "resolve", "version_problem"]
+
 VLLM_VERSION = "0.32"
 """The minor version of vLLM that the table describes."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One vLLM name.
-
-    Attributes:
-        name: `module:attribute.path`.
-        use: what for.
-        probe: returns "" or what is missing.
-        rebound: whether `plugin.register` replaces or extends it (then a failing probe makes it decline).
-        platforms: where it is needed.
-    """
-
-    name: str
-    use: str
-    probe: Callable[[], str]
-    rebound: bool = False
-    platforms: tuple[str, ...] = ("cpu", "cuda")
-
-    def problem(self) -> str:
-        """ "" if the name is as expected, else one sentence; never raises."""
-        try:
-            return self.probe()
-        except Exception as error:  # whatever a changed vLLM raises is the answer
-            return f"{self.name}: {type(error).__name__}: {error}"
-
-
-def resolve(name: str) -> Any:
-    """The object behind `module:attribute.path`."""
-    module, _, path = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in path.split(".") if path else ():
-        found = getattr(found, part)
-    return found
-
-
-def _callable(name: str, parameters: Sequence[str] = ()) -> str:
-    """Probe: a callable with (at least) these parameters."""
-    found = resolve(name)
-    if not callable(found):
-        return f"{name} is not callable."
-    known = inspect.signature(found).parameters if parameters else {}
-    missing = [p for p in parameters if p not in known]
-    return f"{name} has no parameter {', '.join(missing)}." if missing else ""
-
-
-def _members(name: str, members: Sequence[str]) -> str:
-    """Probe: a class with these attributes or dataclass fields."""
-    cls = resolve(name)
-    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    missing = [m for m in members if m not in known and not hasattr(cls, m)]
-    return f"{name} has no {', '.join(missing)}." if missing else ""
-
-
-def _platform(method: str, parameters: Sequence[str]) -> str:
-    """Probe: a classmethod of the current platform."""
-    platform = resolve("vllm.platforms:current_platform")
-    known = inspect.signature(getattr(type(platform), method)).parameters
-    missing = [p for p in parameters if p not in known]
-    return f"{type(platform).__name__}.{method} has no parameter {', '.join(missing)}." if missing else ""
-
-
-def _dotted_flags() -> str:
-    """Probe: `--additional-config.a.b 1` is read as {"a": {"b": 1}}, and merged."""
-    import json
-
-    parser = resolve("vllm.utils.argparse_utils:FlexibleArgumentParser")(add_help=False)
-    parser.add_argument("--additional-config", type=json.loads)
-    read = parser.parse_args(["--additional_config.a.b", "1", "--additional-config.a.c=[2]"]).additional_config
-    return "" if read == {"a": {"b": 1, "c": [2]}} else f"dotted flags are read as {read}."
 
 
 def _row(probe: Callable[..., str], name: str, use: str, *args: Any, **kwargs: Any) -> Hook:
     return Hook(name, use, partial(probe, name, *args), **kwargs)
 
 
-_ARGS = "vllm.engine.arg_utils:EngineArgs"
-_BACKEND = "vllm.v1.attention.backend"
+def _cpu(probe: Callable[..., str], name: str, use: str, *args: Any) -> Hook:
+    return _row(probe, name, use, *args, platforms=("cpu",))
 
-TABLE: tuple[Hook, ...] = (
-    _row(_callable, "vllm.plugins:load_general_plugins", "calls plugin.register in every process"),
-    _row(_callable, f"{_ARGS}.add_cli_args", "adds --plugins to the parser", ["parser"], rebound=True),
-    _row(_callable, f"{_ARGS}.__post_init__", "refuses a bad model directory or option early", ["self"], rebound=True),
+
+def _cuda(probe: Callable[..., str], name: str, use: str, *args: Any) -> Hook:
+    return _row(probe, name, use, *args, platforms=("cuda",))
+
+
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_REGISTRY = "vllm.v1.attention.backends.registry:AttentionBackendEnum"
+_BACKEND = "vllm.v1.attention.backend"
+_CPU = "vllm.v1.attention.backends.cpu_attn"
+_FLASH = "vllm.v1.attention.backends.flash_attn"
+_BUILDER_ARGS = ["kv_cache_spec", "layer_names", "vllm_config", "device"]
+_FORWARD_ARGS = ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale"]
+_UPDATE_ARGS = ["layer", "key", "value", "kv_cache", "slot_mapping"]
+_LAYER_FACTS = ["sliding_window", "alibi_slopes", "logits_soft_cap", "sinks", "attn_type"]
+_IMPL = ["num_heads", "head_size", "scale", "kv_sharing_target_layer_name", *_LAYER_FACTS]
+
+_GLUE = (
+    _row(takes, "vllm.plugins:load_general_plugins", "calls plugin.register in every process"),
+    _row(takes, f"{_ARGS}.add_cli_args", "adds --plugins to the parser", ["parser"], rebound=True),
+    _row(takes, f"{_ARGS}.__post_init__", "refuses a bad model directory or option early", ["self"], rebound=True),
+    _row(takes, f"{_ARGS}.create_engine_config", "runs the plugins' checks, prints the banner", ["self"], rebound=True),
     _row(
-        _callable,
-        f"{_ARGS}.create_engine_config",
-        "runs the plugins' checks, prints the banner",
-        ["self"],
-        rebound=True,
-    ),
-    _row(
-        _members,
+        has,
         _ARGS,
         "engine arguments that plugins set",
         ["model", "additional_config", "attention_backend", "block_size"],
@@ -117,81 +56,181 @@ TABLE: tuple[Hook, ...] = (
     Hook(
         "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args",
         "reads dotted --additional-config flags",
-        _dotted_flags,
+        dotted_flags,
     ),
-    _row(_callable, "vllm.logger:init_logger", "log lines and the banner", ["name"], rebound=True),
+    _row(takes, "vllm.logger:init_logger", "log lines and the banner", ["name"], rebound=True),
     _row(
-        _callable,
-        "vllm.v1.attention.backends.registry:AttentionBackendEnum.register",
+        takes,
+        f"{_REGISTRY}.register",
         "gives the attention backend its name; pickled by name (copyreg)",
         ["name", "value"],
         rebound=True,
     ),
-    _row(
-        _callable,
-        "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class",
-        "finds the attention backend's class",
-        rebound=True,
-    ),
+    _row(takes, f"{_REGISTRY}.get_class", "finds the attention backend's class", rebound=True),
     Hook(
         "vllm.platforms:current_platform.get_attn_backend_cls",
         "honours the attention backend's name on CPU too",
-        partial(_platform, "get_attn_backend_cls", ["selected_backend", "attn_selector_config"]),
+        partial(platform_takes, "get_attn_backend_cls", ["selected_backend", "attn_selector_config"]),
         rebound=True,
         platforms=("cpu",),
     ),
+)
+
+_CONFIG = (
     _row(
-        _members,
+        has,
         "vllm.config:VllmConfig",
-        "what the plugins' checks and the banner read",
+        "what the plugins' checks, the banner and the metrics read",
         [
-            "model_config",
-            "cache_config",
-            "parallel_config",
-            "compilation_config",
-            "attention_config",
-            "additional_config",
+            *("model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config"),
+            *("attention_config", "speculative_config", "kv_transfer_config", "additional_config", "instance_id"),
         ],
     ),
     _row(
-        _members,
+        has,
+        "vllm.config:ModelConfig",
+        "what the checks know of the model",
+        [
+            *("model", "dtype", "max_model_len", "is_attention_free", "is_encoder_decoder", "use_mla"),
+            *("get_head_size", "get_total_num_kv_heads", "get_num_kv_heads", "get_num_attention_heads"),
+            *("get_total_num_hidden_layers", "get_sliding_window"),
+        ],
+    ),
+    _row(sets, "vllm.config:ModelConfig", "the same, set when it is made", ["runner_type", "hf_text_config"]),
+    _row(has, "vllm.config:CacheConfig", "page size and dtype of the KV cache", ["block_size", "cache_dtype"]),
+    _row(
+        has,
+        "vllm.config:ParallelConfig",
+        "refuses what does not shard by KV heads; names the counter file",
+        ["tensor_parallel_size", "decode_context_parallel_size", "rank"],
+    ),
+    _row(has, "vllm.config:SchedulerConfig", "sizes the engine's buffers", ["max_num_seqs"]),
+    _row(has, "vllm.config:SpeculativeConfig", "query tokens of a decode step", ["num_speculative_tokens"]),
+    _row(has, "vllm.config:CompilationConfig", "graph mode in the banner", ["cudagraph_mode"]),
+    _row(takes, "vllm.config:get_current_vllm_config", "the configuration in attention layers"),
+    _row(
+        takes,
+        "vllm.config:get_layers_from_vllm_config",
+        "finds the layers of a KV-cache group",
+        ["vllm_config", "layer_type", "layer_names"],
+    ),
+)
+
+_ATTENTION = (
+    _row(
+        has,
         f"{_BACKEND}:AttentionBackend",
         "base class of the sparse backend",
-        ["get_name", "get_impl_cls", "get_builder_cls", "validate_configuration", "customize_spec"],
+        ["get_name", "get_impl_cls", "get_builder_cls", "validate_configuration", "supports_kv_connector"],
     ),
+    _row(takes, f"{_BACKEND}:AttentionBackend.customize_spec", "adds the page index to the KV spec", ["spec"]),
     _row(
-        _callable,
+        takes,
         f"{_BACKEND}:AttentionMetadataBuilder.build",
         "per-step metadata",
         ["common_prefix_len", "common_attn_metadata", "fast_build"],
     ),
     _row(
-        _members,
+        has,
         f"{_BACKEND}:CommonAttentionMetadata",
-        "lengths, block tables and slots of a step",
-        ["query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping", "num_actual_tokens", "max_query_len"],
+        "lengths, block tables and slots of a step; which rows are still prompts",
+        [
+            *("query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs"),
+            *("num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping", "is_prefilling"),
+        ],
     ),
     _row(
-        _members,
+        has,
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        "the KV spec of full-attention layers",
+        [
+            *("block_size", "num_kv_heads", "head_size", "dtype"),
+            *("page_size_padded", "unpadded_page_size_bytes", "page_size_bytes"),
+        ],
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec.page_size_padded",
         "room for the page index behind each page",
-        ["block_size", "num_kv_heads", "head_size", "dtype", "page_size_padded", "unpadded_page_size_bytes"],
+        padding_counts,
     ),
+    _row(sets, "vllm.model_executor.layers.attention:Attention", "marks a layer as sparse", ["impl"]),
+    _row(takes, "vllm.model_executor.models.utils:extract_layer_index", "layer numbers (dense_layers)", ["layer_name"]),
+    _row(takes, "vllm.v1.metrics.prometheus:get_prometheus_registry", "shows our collector at /metrics"),
     _row(
-        _members,
-        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend",
-        "stock attention on CPU, delegated to",
-        ["get_impl_cls", "get_builder_cls"],
-        platforms=("cpu",),
-    ),
-    _row(
-        _members,
-        "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend",
-        "stock attention on CUDA, delegated to",
-        ["get_impl_cls", "get_builder_cls"],
-        platforms=("cuda",),
+        takes,
+        "vllm.v1.metrics.prometheus:setup_multiprocess_prometheus",
+        "several API servers: workers count in prometheus_client's files",
     ),
 )
+
+_ON_CPU = (
+    _cpu(has, f"{_CPU}:CPUAttentionBackend", "stock attention, subclassed", ["get_impl_cls", "get_builder_cls"]),
+    _cpu(
+        equals,
+        f"{_CPU}:CPUAttentionBackend.forward_includes_kv_cache_update",
+        "keys are in the cache before forward runs",
+        False,
+    ),
+    _cpu(takes, f"{_CPU}:CPUAttentionBackendImpl.forward", "prefill and dense rows", _FORWARD_ARGS),
+    _cpu(takes, f"{_CPU}:CPUAttentionBackendImpl.do_kv_cache_update", "updates the page index", _UPDATE_ARGS),
+    _cpu(sets, f"{_CPU}:CPUAttentionBackendImpl", "which layers can be sparse", _IMPL),
+    _cpu(takes, f"{_CPU}:CPUAttentionMetadataBuilder", "per-step metadata, extended", _BUILDER_ARGS),
+    _cpu(has, f"{_CPU}:CPUAttentionMetadata", "block tables and lengths of a step", ["seq_lens", "block_table"]),
+    _cpu(takes, f"{_CPU}:_get_attn_isa", "which order K has inside a page", ["dtype", "block_size", "head_size"]),
+    _cpu(
+        takes,
+        "vllm._custom_ops:cpu_attn_reshape_and_cache",
+        "asked once for the order of K",
+        ["key", "value", "key_cache", "value_cache", "slot_mapping", "isa", "k_scale", "v_scale", "kv_cache_dtype"],
+    ),
+)
+
+_ON_CUDA = (
+    _cuda(has, f"{_FLASH}:FlashAttentionBackend", "stock attention, subclassed", ["get_impl_cls", "get_builder_cls"]),
+    _cuda(
+        equals,
+        f"{_FLASH}:FlashAttentionBackend.forward_includes_kv_cache_update",
+        "keys are in the cache before forward runs",
+        False,
+    ),
+    _cuda(takes, f"{_FLASH}:FlashAttentionImpl.forward", "prefill rows and dense layers", _FORWARD_ARGS),
+    _cuda(sets, f"{_FLASH}:FlashAttentionImpl", "which layers can be sparse", _IMPL),
+    _cuda(takes, f"{_FLASH}:FlashAttentionMetadataBuilder", "per-step metadata, extended", _BUILDER_ARGS),
+    _cuda(
+        sets,
+        f"{_FLASH}:FlashAttentionMetadataBuilder",
+        "heads and head size of the engine",
+        ["num_heads_q", "num_heads_kv", "headdim"],
+    ),
+    _cuda(
+        takes,
+        f"{_FLASH}:FlashAttentionMetadataBuilder._init_reorder_batch_threshold",
+        "decode rows, drafts included, come first in a batch",
+        ["reorder_batch_threshold", "supports_spec_as_decode"],
+    ),
+    _cuda(
+        has,
+        f"{_FLASH}:FlashAttentionMetadataBuilder",
+        "declares FULL graphs for uniform decode batches",
+        ["_cudagraph_support", "get_cudagraph_support", "reorder_batch_threshold"],
+    ),
+    _cuda(has, f"{_BACKEND}:AttentionCGSupport", "the declared value", ["UNIFORM_BATCH"]),
+    _cuda(
+        has,
+        f"{_FLASH}:FlashAttentionMetadata",
+        "stock metadata, extended",
+        ["num_actual_tokens", "max_query_len", "query_start_loc", "seq_lens", "block_table", "slot_mapping"],
+    ),
+    _cuda(
+        takes,
+        "vllm.v1.attention.backends.utils:split_decodes_and_prefills",
+        "splits a mixed batch; short rests of prompts stay prefill",
+        ["common_attn_metadata", "decode_threshold", "treat_short_extends_as_decodes"],
+    ),
+)
+
+TABLE: tuple[Hook, ...] = (*_GLUE, *_CONFIG, *_ATTENTION, *_ON_CPU, *_ON_CUDA)
+"""All rows; those of another platform are never probed."""
 
 
 def version_problem() -> str:

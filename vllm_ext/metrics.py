@@ -28,6 +28,7 @@ HELP = {
     "sparse_steps": "decode steps of a request that read a selection",
     "dense_steps": "decode steps of a request that read every key",
 }
+DENSITY_HELP = "keys read / keys visible in all decode steps so far"
 _FORMAT = struct.Struct("<6qq")
 
 
@@ -136,7 +137,7 @@ class Collector:
             yield CounterMetricFamily(f"vllm_ext:{name}", HELP[name], value=value)
         seen = totals["keys_visible"]
         density = totals["keys_read"] / seen if seen else float("nan")
-        yield GaugeMetricFamily("vllm_ext:attention_density", "keys read / keys visible in decode steps", value=density)
+        yield GaugeMetricFamily("vllm_ext:attention_density", DENSITY_HELP, value=density)
 
     def describe(self) -> Iterable[Any]:
         """Nothing: keeps prometheus_client from collecting at registration."""

@@ -130,13 +130,26 @@ def check_bounds(name: str, value: Any, meta: Mapping[str, Any]) -> None:
 
 
 def describe(cls: type) -> list[dict[str, Any]]:
-    """Name, type, default, unit, help, bounds and the paper's value of each option, in declaration order."""
-    hints = typing.get_type_hints(cls)
+    """Name, type, default, unit, help, bounds and the paper's value of each option, in declaration order.
+
+    `paper_values` of the class states the paper's value of options that it shares with other methods.
+    """
+    hints, papers = typing.get_type_hints(cls), getattr(cls, "paper_values", {})
     rows = []
     for f in dataclasses.fields(cls):
         if not f.init:
             continue
-        m = f.metadata
+        m = dict(f.metadata) | ({"paper": papers[f.name]} if f.name in papers else {})
         default = list(f.default) if isinstance(f.default, tuple) else f.default
-        rows.append({"name": f.name, "type": type_name(hints[f.name]), "default": default, **dict(m)})
+        rows.append({"name": f.name, "type": type_name(hints[f.name]), "default": default, **m})
     return rows
+
+
+def bounds(option: dict[str, Any]) -> str:
+    """Bounds or choices of an option, one of the rows of `describe`, as text."""
+    if option["choices"]:
+        return " | ".join(map(str, option["choices"]))
+    low, high = option["minimum"], option["maximum"]
+    if low is not None and high is not None:
+        return f"{low} .. {high}"
+    return f">= {low}" if low is not None else f"<= {high}" if high is not None else ""

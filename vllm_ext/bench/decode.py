@@ -8,6 +8,7 @@ really prefilled, so every request has pages of its own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import statistics
@@ -127,33 +128,42 @@ class Plan:
 def bench_rows(
     plan: Plan, rows: list[Row], on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None
 ) -> list[dict[str, Any]]:
-    """Time every row in this process, one engine after the other; the first row must be the dense one.
+    """Time every row, each engine in a process of its own; the first row must be the dense one.
 
     Returns:
-        one JSON-ready result a row, with one cell a case; also given to `on_row` after every case.
+        one JSON-ready result a row, with one cell a case; also given to `on_row` after every row.
     """
+    from vllm_ext.evaluation.run import fresh_process
+
+    plan.check()
+    results: list[dict[str, Any]] = []
+    for row in rows:
+        job = {"plan": dataclasses.asdict(plan), "label": row.label, "options": row.options}
+        result = fresh_process("vllm_ext.bench.decode:run_job", job)
+        results.append(result)
+        for cell, case in zip(result["cells"], plan.cases):
+            _judge(cell, plan, row, case, results[0])
+        on_row(results)
+    return results
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Time one row in this process: the case cells without ratios and floors."""
     from vllm_ext.evaluation.engine import engine, prepare_process
     from vllm_ext.evaluation.progress import bars
     from vllm_ext.evaluation.run import describe
 
-    plan.check()
+    plan = Plan(**job["plan"] | {"cases": tuple(Case(**c) for c in job["plan"]["cases"])})
+    row = Row(job["label"], job["options"])
     prepare_process()
-    bandwidth = shapes.copy_bandwidth()
-    results: list[dict[str, Any]] = []
+    began = time.monotonic()
+    result: dict[str, Any] = {"label": row.label, "options": row.options, "copy_bandwidth": shapes.copy_bandwidth()}
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as folder:
         model = shapes.write_model(plan.config, Path(folder) / "model")
-        for row in rows:
-            began = time.monotonic()
-            result: dict[str, Any] = {"label": row.label, "options": row.options, "copy_bandwidth": bandwidth}
-            results.append(result)
-            with engine(model, plan.engine_args(row)) as llm, bars(row.label) as advance:
-                result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
-                result["cells"] = []
-                for case in plan.cases:
-                    cell = _case(llm, plan, case, advance)
-                    result["cells"].append(_judge(cell, plan, row, case, bandwidth, results[0]))
-                    on_row(results)
-    return results
+        with engine(model, plan.engine_args(row)) as llm, bars(row.label) as advance:
+            result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
+            result["cells"] = [_case(llm, plan, case, advance) for case in plan.cases]
+    return result
 
 
 def _case(llm: Any, plan: Plan, case: Case, advance: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -239,12 +249,11 @@ def _requests(llm: Any, plan: Plan, case: Case) -> Iterator[Callable[[], Any]]:
             core.get_output()
 
 
-def _judge(
-    cell: dict[str, Any], plan: Plan, row: Row, case: Case, bandwidth: float, stock: dict[str, Any]
-) -> dict[str, Any]:
-    """Add throughput, the byte floor and the ratio to the stock row."""
+def _judge(cell: dict[str, Any], plan: Plan, row: Row, case: Case, stock: dict[str, Any]) -> None:
+    """Add throughput, the byte floor (at the copy bandwidth that the stock row measured) and the ratio to it."""
     if "skipped" in cell:
-        return cell
+        return
+    bandwidth = stock["copy_bandwidth"]
     # Lengths are noted at the end of the timed steps; the middle of the windows is what the median stands for.
     middle = [n - plan.steps * plan.repeats / 2 for n in cell["lengths"]]
     weights, keys = shapes.weight_bytes(plan.config), shapes.kv_bytes(plan.config, middle, row.attention())
@@ -255,4 +264,3 @@ def _judge(
     if row.options and dense is cell:
         dense = None  # the dense row could not hold this batch
     cell["ratio"] = dense["tpot_s"] / cell["tpot_s"] if dense else None
-    return cell

@@ -129,11 +129,12 @@ def _sparse_decode(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
     """K4 + K5: floor = keys and values of the listed pages."""
     from vllm_ext.kernels.sparse_decode import sparse_decode
 
+    pages, counts = b.select.pages[: b.case.batch], b.select.counts[: b.case.batch]
+
     def call(x: Layer) -> Any:
         return sparse_decode(
-            x.q, x.k, x.v, x.table, b.seq_lens, b.start, b.select.pages[: b.case.batch], b.select.counts[: b.case.batch],
-            x.out, b.decode, max_query_len=1, scale=SCALE,
-        )  # fmt: skip
+            x.q, x.k, x.v, x.table, b.seq_lens, b.start, pages, counts, x.out, b.decode, max_query_len=1, scale=SCALE
+        )
 
     return b.case.batch * HEADS * min(b.capacity, b.pages) * PAGE * 2 * SIZE * 2, call
 

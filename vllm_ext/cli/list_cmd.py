@@ -54,16 +54,6 @@ def describe() -> list[dict[str, Any]]:
     return rows
 
 
-def bounds(option: dict[str, Any]) -> str:
-    """Bounds or choices of an option as text."""
-    if option["choices"]:
-        return " | ".join(map(str, option["choices"]))
-    low, high = option["minimum"], option["maximum"]
-    if low is not None and high is not None:
-        return f"{low} .. {high}"
-    return f">= {low}" if low is not None else f"<= {high}" if high is not None else ""
-
-
 def _print(console: Any, row: dict[str, Any]) -> None:
     """One plugin: its facts, then a table of its options."""
     from rich.markup import escape
@@ -88,7 +78,7 @@ def _print(console: Any, row: dict[str, Any]) -> None:
     for option in row["options"]:
         default = "null" if option["default"] is None else str(option["default"])
         help_text = option["help"] + (f" (paper: {option['paper']})" if option["paper"] is not None else "")
-        cells = (option["name"], option["type"], option["unit"], default, bounds(option), help_text)
+        cells = (option["name"], option["type"], option["unit"], default, options.bounds(option), help_text)
         table.add_row(*map(escape, cells))
     from rich.padding import Padding
 

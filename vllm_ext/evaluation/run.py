@@ -44,7 +44,7 @@ def evaluate(
             print(f"[{number + 1}/{len(rows)}] {row.label}", file=sys.stderr, flush=True)
             job: dict[str, Any] = {"settings": settings.to_json(), "label": row.label, "options": row.options}
             job |= {"scratch": scratch, "recording": number == 0}
-            results.append(run_job(job) if in_process else _fresh(job, Path(scratch)))
+            results.append(run_job(job) if in_process else fresh_process("vllm_ext.evaluation.run:run_job", job))
             on_row(results)
     return results
 
@@ -108,13 +108,17 @@ def describe(llm: Any) -> dict[str, Any]:
     }
 
 
-def _fresh(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`run_job` in a process of its own, so that one engine a process holds."""
-    job_file, result_file = folder / "job.json", folder / "result.json"
-    job_file.write_text(json.dumps(job))
-    result_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "vllm_ext.evaluation.worker", str(job_file), str(result_file)]
-    code = subprocess.run(command, check=False).returncode
-    if code or not result_file.exists():
-        raise ConfigError(f"row '{job['label']}' failed (exit code {code}); its messages are above.")
-    return json.loads(result_file.read_text())
+def fresh_process(target: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Call `target` ("module:function") with `job` in a process of its own, so that one engine a process holds.
+
+    Raises:
+        ConfigError: the process failed; its messages are on stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-row-") as folder:
+        job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
+        job_file.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "vllm_ext.evaluation.worker", target, str(job_file), str(result_file)]
+        code = subprocess.run(command, check=False).returncode
+        if code or not result_file.exists():
+            raise ConfigError(f"row '{job['label']}' failed (exit code {code}); its messages are above.")
+        return json.loads(result_file.read_text())

@@ -1,0 +1,211 @@
+"""The records under docs/results as Markdown tables; a measurement that has no record has no table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.markdown import table
+from vllm_ext.options import ConfigError
+
+Record = dict[str, Any]
+NONE = "–"
+_LOCAL = ("--out", "--commit")
+"""Options of a command line that say where the record went, not what was measured."""
+
+
+def tables(folder: Path, root: Path) -> str:
+    """Every record below `folder`, in the order of `KINDS` and then by name; "" if there is none.
+
+    Args:
+        folder: where the records are; other JSON files may lie there too.
+        root: links to the records are relative to this.
+
+    Raises:
+        ConfigError: a record that cannot be read or lacks what its table shows.
+    """
+    found = [(path, _read(path)) for path in sorted(folder.rglob("*.json"))]
+    parts = []
+    for command, (title, make) in KINDS.items():
+        for path, record in found:
+            if record.get("command") == command:
+                try:
+                    parts.append(f"{_caption(title(record), record, path, root)}\n\n{make(record)}")
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ConfigError(f"{path} is no record of `vllm-ext {command}` ({error!r}); remove it.") from None
+    return "\n\n".join(parts)
+
+
+def _read(path: Path) -> Record:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON ({error}); correct or remove it.") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _caption(title: str, record: Record, path: Path, root: Path) -> str:
+    """Heading, device, versions, record file with its plot if there is one, and command."""
+    files = [path, *(p for p in (path.with_suffix(".png"),) if p.is_file())]
+    links = ", ".join(f"[{p.name}]({p.relative_to(root).as_posix()})" for p in files)
+    versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("vllm", "torch", "triton") if record["versions"][n])
+    commit = f", commit `{_commit(record['commit'])}`" if record.get("commit") else ""
+    return (
+        f"#### {title}\n\n{record['device']}; {versions}{commit}. Record: {links}.\n"
+        f"Made by `{command_line(record['argv'])}`."
+    )
+
+
+def _commit(text: str) -> str:
+    head, plus, state = text.partition("+")
+    return head[:10] + plus + state
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command that made a record, without output paths; of a local path only the last part is kept."""
+    words, skip = ["vllm-ext"], False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if skip or name in _LOCAL:
+            skip = not skip and not equals
+            continue
+        words.append(f"DIR/{Path(word).name}" if word.startswith(("/", "~")) else word)
+    return shlex.join(words)
+
+
+# ------------------------------------------------------------------------------------------- bench decode
+def _decode_title(record: Record) -> str:
+    engine = record["results"][-1]["engine"]
+    facts = [f"model runner {engine['model_runner']}", f"graphs {str(engine['cudagraph_mode']).rpartition('.')[2]}"]
+    facts += ["async scheduling"] if engine["async_scheduling"] else []
+    return f"Decode step, {record['settings']['shape']} shape, dummy weights ({', '.join(facts)})"
+
+
+def decode_table(record: Record) -> str:
+    """One line for each case and plugin row, beside the stock row of the same run."""
+    stock, *others = record["results"]
+    rows = []
+    for case in dict.fromkeys(c["case"] for r in record["results"] for c in r["cells"]):
+        dense = _cell(stock, case)
+        for result in others or [{"label": NONE, "cells": []}]:
+            rows.append([case, *_stock_cells(dense), _code(result["label"]), *_plugin_cells(_cell(result, case))])
+    head = (
+        "batch x context",
+        "stock, ms a token",
+        "of its byte floor",
+        "plugin",
+        "ms a token (quartiles of the steps)",
+    )
+    return table([*head, "faster by", "of its byte floor", "steps in graphs"], rows)
+
+
+def _cell(result: Record, case: str) -> Record:
+    return next((c for c in result["cells"] if c["case"] == case), {})
+
+
+def _stock_cells(cell: Record) -> list[str]:
+    if "tpot_s" not in cell:
+        return [cell.get("skipped", NONE), NONE]
+    return [f"{cell['tpot_s'] * 1e3:.2f}", f"{cell['floor_fraction']:.0%}"]
+
+
+def _plugin_cells(cell: Record) -> list[str]:
+    if "tpot_s" not in cell:
+        return [cell.get("skipped", NONE), NONE, NONE, NONE]
+    low, high = cell["step_iqr_s"]
+    modes = ", ".join(f"{mode} {n} of {cell['steps']}" for mode, n in sorted(cell["graph_modes"].items()))
+    ratio = NONE if cell["ratio"] is None else f"{cell['ratio']:.2f}x"
+    time = f"{cell['tpot_s'] * 1e3:.2f} ({low * 1e3:.2f}–{high * 1e3:.2f})"
+    return [time, ratio, f"{cell['floor_fraction']:.0%}", modes or "none"]
+
+
+# ------------------------------------------------------------------------------------------- bench kernels
+def _kernel_title(record: Record) -> str:
+    return f"Kernels, one layer of Llama-3.1-8B, budget {record['settings']['budget']} (CUDA graph replays, medians)"
+
+
+def kernel_table(record: Record) -> str:
+    """One line for each case and kernel."""
+    fa3 = {r["case"]: r["time_s"] for r in record["results"] if r["kernel"].startswith("fa3") and "time_s" in r}
+    rows = [[r["case"], r["kernel"], *_kernel_cells(r, fa3.get(r["case"]))] for r in record["results"]]
+    head = (
+        "batch x context",
+        "kernel",
+        "us",
+        "byte floor, us",
+        "of the floor",
+        "FA3 / this",
+        "faster dense kernel / this",
+    )
+    return table(head, rows)
+
+
+def _kernel_cells(row: Record, fa3: float | None) -> list[str]:
+    if "skipped" in row:
+        return [row["skipped"], NONE, NONE, NONE, NONE]
+    floor = [f"{row['floor_s'] * 1e6:.1f}", f"{row['floor_s'] / row['time_s']:.0%}"] if row["floor_s"] else [NONE] * 2
+    dense = row.get("vs_dense")  # absent where a comparison means nothing
+    ratios = [f"{fa3 / row['time_s']:.2f}x" if fa3 and dense else NONE, f"{dense:.2f}x" if dense else NONE]
+    return [f"{row['time_s'] * 1e6:.1f}", *floor, *ratios]
+
+
+# ------------------------------------------------------------------------------------------- eval
+def _quality_title(record: Record) -> str:
+    return f"Quality, {Path(record['settings']['model']).name} (95 % intervals)"
+
+
+def quality_table(record: Record) -> str:
+    """One line for each row and length; the columns of the tasks that were run; notes below."""
+    tasks = [t for t in _TASKS if any(r.get(t) for r in record["results"])]
+    rows, notes = [], []
+    for result in record["results"]:
+        for length in sorted({c["length"] for t in tasks for c in result.get(t, [])}):
+            cells = [c for t in tasks for c in _task_cells(result, t, length)]
+            rows.append([_code(result["label"]), str(length), *cells])
+        notes += [f"* {_code(result['label'])}: {note}" for note in result.get("notes", [])]
+    text = table(("row", "tokens", *(title for t in tasks for title in _TASKS[t][0])), rows)
+    return "\n\n".join([text, "\n".join(notes)] if notes else [text])
+
+
+def _task_cells(result: Record, task: str, length: int) -> list[str]:
+    titles, make = _TASKS[task]
+    found = [c for c in result.get(task, []) if c["length"] == length]
+    return make(found[0]) if found else [NONE] * len(titles)
+
+
+def _niah_cells(c: Record) -> list[str]:
+    return [f"{c['accuracy']:.0%} of {c['samples']} ({c['low']:.0%}–{c['high']:.0%})"]
+
+
+def _kl_cells(c: Record) -> list[str]:
+    return [
+        f"{c['mean']:.4f} ({c['low']:.4f}–{c['high']:.4f})",
+        f"{c['agree']:.1%} ({c['agree_low']:.1%}–{c['agree_high']:.1%})",
+    ]
+
+
+def _ppl_cells(c: Record) -> list[str]:
+    more = f"{c['nll_more']:+.4f} ({c['nll_more_low']:+.4f}–{c['nll_more_high']:+.4f})" if "nll_more" in c else NONE
+    return [f"{c['ppl']:.3f}", more]
+
+
+_TASKS: dict[str, tuple[tuple[str, ...], Callable[[Record], list[str]]]] = {
+    "niah": (("needles found",), _niah_cells),
+    "kl": (("mean KL to dense, nats", "same top token"), _kl_cells),
+    "ppl": (("perplexity", "NLL over dense, nats"), _ppl_cells),
+}
+
+
+def _code(text: str) -> str:
+    return text if text == NONE or text.startswith("dense") else f"`{text}`"
+
+
+KINDS: dict[str, tuple[Callable[[Record], str], Callable[[Record], str]]] = {
+    "bench decode": (_decode_title, decode_table),
+    "bench kernels": (_kernel_title, kernel_table),
+    "eval": (_quality_title, quality_table),
+}
+"""Command of a record -> (title, table); the order of the document."""
