@@ -62,7 +62,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self.method = active_method(vllm_config)
         self.sparse_layers = mark_layers(vllm_config, layer_names, self.method)
         self.counters = Counters(scale=max(1, len(self.sparse_layers)) * kv_cache_spec.num_kv_heads)
-        self.exporter = Exporter(vllm_config)
+        self.exporter = Exporter(vllm_config, layer_names[0])
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

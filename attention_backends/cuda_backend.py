@@ -81,7 +81,8 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
                 max_query_len=self.reorder_batch_threshold or 1,
                 device=device,
             )
-            self.counters = DeviceCounters(self.engine.select.stats, len(sparse) * self.num_heads_kv, vllm_config)
+            exporter = Exporter(vllm_config, layer_names[0])
+            self.counters = DeviceCounters(self.engine.select.stats, len(sparse) * self.num_heads_kv, exporter)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -184,8 +185,8 @@ class SparseFlashImpl(FlashAttentionImpl):
 class DeviceCounters:
     """Brings the engine's counters to the host without a sync: each step starts a copy and publishes a finished one."""
 
-    def __init__(self, stats: torch.Tensor, scale: int, vllm_config: Any) -> None:
-        self.stats, self.counters, self.exporter = stats, Counters(scale), Exporter(vllm_config)
+    def __init__(self, stats: torch.Tensor, scale: int, exporter: Exporter) -> None:
+        self.stats, self.counters, self.exporter = stats, Counters(scale), exporter
         self.host = torch.zeros(stats.shape, dtype=stats.dtype, pin_memory=stats.is_cuda)
         self.event = torch.cuda.Event()
         self.started = False

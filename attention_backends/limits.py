@@ -109,7 +109,7 @@ def _check_engine(method: SparseMethod, cfg: VllmConfig) -> None:
         )
     if current_platform.is_cpu() and method.page_size % 32:
         _fail(f"{name}.page_size must be a multiple of 32 on CPUs, not {method.page_size}; use 32, 64 or 128.")
-    if str(cache.cache_dtype).startswith("fp8"):
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         _fail(f"--plugins {name} does not support --kv-cache-dtype {cache.cache_dtype}; use auto.")
     kv_heads = cfg.model_config.get_total_num_kv_heads()
     if par.tensor_parallel_size > kv_heads:

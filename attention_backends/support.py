@@ -92,13 +92,20 @@ def stock_reason(impl: Any) -> str | None:
 def mark_layers(vllm_config: VllmConfig, layer_names: list[str], method: SparseMethod) -> list[str]:
     """Set `impl.method` on the layers of a group that run sparse; returns their names in model order."""
     from vllm.config import get_layers_from_vllm_config
+    from vllm.logger import init_logger
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
-    sparse = []
+    sparse, reasons = [], []
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
-        dense = extract_layer_index(name) in method.dense_layers or stock_reason(layer.impl) is not None
+        reason = stock_reason(layer.impl)
+        dense = extract_layer_index(name) in method.dense_layers or reason is not None
         layer.impl.method = None if dense else method
         if not dense:
             sparse.append(name)
+        if reason:
+            reasons.append(reason)
+    if reasons:
+        text = ", ".join(sorted(set(reasons)))
+        init_logger("vllm.vllm_ext").info("%d layers are left to stock attention (%s).", len(reasons), text)
     return sparse

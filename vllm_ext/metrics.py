@@ -9,11 +9,13 @@ prometheus_client to its multi-process mode; then the workers use that instead.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import getpass
 import os
 import struct
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,36 +67,58 @@ def _folder() -> Path:
 
 
 class Exporter:
-    """Writes one worker's totals where the server process finds them. Never raises: metrics must not stop serving."""
+    """Writes one worker's totals where the server process finds them. Never raises: metrics must not stop serving.
 
-    def __init__(self, vllm_config: Any) -> None:
+    A model with sliding-window layers can have several attention groups in one worker, each with an exporter.
+    """
+
+    def __init__(self, vllm_config: Any, group: str = "") -> None:
+        rank = vllm_config.parallel_config.rank
+        key = (vllm_config.instance_id, rank)
+        self._sink, self._group = _sinks.get(key) or _Sink(f"{key[0]}-{rank}"), group
+        _sinks[key] = self._sink
+
+    def write(self, counters: Counters) -> None:
+        """Publish the totals if they changed; a few microseconds."""
+        self._sink.write(self._group, counters.totals())
+
+
+class _Sink:
+    """The one place where a worker's exporters write."""
+
+    def __init__(self, name: str) -> None:
         self._file: Any = None
-        self._last: list[int] | None = None
+        self._parts: dict[str, list[int]] = {}
+        self._last = [0] * len(NAMES)
         self._prometheus = None
         try:
             if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
                 self._prometheus = _prometheus_counters()
                 return
-            rank = vllm_config.parallel_config.rank
-            path = _folder() / f"{vllm_config.instance_id}-{rank}-{os.getpid()}"
+            path = _folder() / f"{name}-{os.getpid()}"
             self._file = path.open("wb", buffering=0)
             atexit.register(path.unlink, missing_ok=True)
         except OSError:
             self._file = None
 
-    def write(self, counters: Counters) -> None:
-        """Publish the totals if they changed; a few microseconds."""
-        totals = counters.totals()
-        if totals == self._last:
+    def write(self, group: str, totals: list[int]) -> None:
+        """Keys and pages are summed over groups; a step of a request is one step, in however many groups."""
+        if self._parts.get(group) == totals:
             return
-        before, self._last = self._last or [0] * len(totals), totals
+        self._parts[group] = totals
+        columns = list(zip(*self._parts.values()))
+        merged = [sum(c) for c in columns[:4]] + [max(c) for c in columns[4:]]
+        before, self._last = self._last, merged
         if self._prometheus is not None:
-            for counter, new, old in zip(self._prometheus, totals, before):
+            for counter, new, old in zip(self._prometheus, merged, before):
                 counter.inc(max(0, new - old))
         elif self._file is not None:
-            self._file.seek(0)
-            self._file.write(_FORMAT.pack(*totals, time.time_ns()))
+            with contextlib.suppress(OSError):
+                self._file.seek(0)
+                self._file.write(_FORMAT.pack(*merged, time.time_ns()))
 
+
+_sinks: weakref.WeakValueDictionary[tuple[str, int], _Sink] = weakref.WeakValueDictionary()
 
 _cached_counters: list[Any] | None = None
 
@@ -112,7 +136,10 @@ def read_totals(instance_id: str, since_ns: int = 0) -> dict[str, int]:
     """Totals of an engine's workers, summed; files written before `since_ns` (another engine's) are left out."""
     totals = dict.fromkeys(NAMES, 0)
     for path in _folder().glob(f"{instance_id}*"):
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError:  # the worker has just ended
+            continue
         if len(data) == _FORMAT.size:
             *values, stamp = _FORMAT.unpack(data)
             if stamp >= since_ns:

@@ -51,8 +51,10 @@ def test_windowed_layers_stay_stock(tmp_path, prompts, kinds: str) -> None:
         assert stats["keys_read"] == stats["keys_visible"] > 0
         assert leaked(llm) == 0
         exported = totals(llm)
-    assert exported["sparse_steps"] == pytest.approx(2 * len(LENGTHS) * 23, abs=len(LENGTHS))
-    assert exported["keys_read"] == exported["keys_visible"] > 0.9 * stats["keys_read"]
+    # all groups together; without the last step, which is published by the next one
+    steps = 2 * len(LENGTHS) * 23
+    assert steps - len(LENGTHS) <= exported["sparse_steps"] < steps
+    assert 0.95 * stats["keys_read"] < exported["keys_read"] == exported["keys_visible"] < stats["keys_read"]
 
 
 def totals(llm: Any) -> dict[str, int]:
@@ -75,6 +77,6 @@ def test_model_without_full_attention_is_refused(tmp_path, kinds: str) -> None:
     from vllm_ext.models import tiny_llama
 
     path = model(tmp_path, "ss") if kinds == "ss" else tiny_llama(tmp_path / "m", layers=2, sliding_window=64)
-    with pytest.raises(ConfigError, match=r"^--plugins quest: every layer of .* has a sliding window; drop the plugin\.$"):
-        with start(path, {"quest": COVERING | {"dense_layers": []}}):
-            pass
+    sentence = r"^--plugins quest: every layer of .* has a sliding window; drop the plugin\.$"
+    with pytest.raises(ConfigError, match=sentence), start(path, {"quest": COVERING | {"dense_layers": []}}):
+        pass

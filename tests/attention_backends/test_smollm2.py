@@ -79,7 +79,7 @@ def test_quest_with_room_for_all_pages_is_stock(model, prompts, stock) -> None:
 
 
 def test_prefix_hits_of_sparse_runs(model, prompts, stock) -> None:
-    """A truly sparse budget: the second run equals the first, also where one to three prompt tokens are left to compute."""
+    """A truly sparse budget: a hit equals the first run, also where 1 to 3 prompt tokens are left to compute."""
     run = both_rounds(model, {"quest": SPARSE}, prompts, 24)
     assert run["again"] == run["first"]
     left = [n - c for n, c in zip(LENGTHS, run["cached"])]

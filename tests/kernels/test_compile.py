@@ -1,0 +1,148 @@
+"""The Triton kernels compile for an H100 (sm_90) where there is no GPU, and hardly spill registers.
+
+In a process of their own: this one runs Triton in the interpreter. Triton brings ptxas and cuobjdump.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STACK = 16
+"""Bytes of stack a thread may use. Observed with Triton 3.9: 0, and 8 in some variants of `score_select`."""
+SHARED = 232448
+"""Bytes of shared memory that a block can have on sm_90."""
+
+# Integer arguments of the launch that are multiples of 16 in vLLM's caches, as Triton's specialisation finds them.
+ALIGNED = (
+    "q_tok", "q_head", "o_tok", "o_head", "k_page", "k_head", "k_tok", "v_page", "v_head", "v_tok", "i_page",
+    "i_head", "bt_row", "np_cap",
+)  # fmt: skip
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def cases() -> dict[str, tuple[str, dict[str, int], int]]:
+    """Name -> kernel, its constants, pipeline stages. Every head size with every page size, the rest in turns."""
+    from vllm_ext.kernels.sparse_decode import stages_for
+
+    found: dict[str, tuple[str, dict[str, int], int]] = {}
+    for d, page, kind in ((64, 16, 0), (128, 64, 0), (256, 128, 0), (128, 64, 1)):
+        found[f"index {kind} D{d} P{page}"] = ("index", {"KIND": kind, "P": page, "D": d}, 3)
+    groups, splits = (1, 4, 16), (1, 6, 32)
+    square = [
+        (d, page, groups[(i + j) % 3], splits[(i + 2 * j) % 3])
+        for i, d in enumerate((64, 128, 256))
+        for j, page in enumerate((16, 64, 128))
+    ]
+    for d, page, g, s in [*square, (128, 64, 1, 1), (128, 64, 4, 32), (128, 64, 16, 6), (80, 64, 4, 6), (96, 64, 7, 6)]:
+        found[f"decode D{d} P{page} G{g} S{s}"] = ("decode", decode(d, page, g, s), stages_for(page, power(d)))
+    for d, page, g, pages, score, group, kind in (
+        (64, 64, 3, 2048, 0, 0, 0), (128, 64, 4, 512, 0, 0, 0), (128, 64, 4, 2048, 0, 0, 0),
+        (128, 64, 4, 2048, 0, 2, 0), (128, 64, 4, 2048, 1, 1, 1), (128, 64, 4, 2048, 2, 2, -1),
+        (128, 64, 4, 2048, 3, 0, -1), (256, 128, 16, 2048, 0, 0, 0),
+    ):  # fmt: skip
+        name = f"select D{d} P{page} G{g} N{pages} score {score} group {group}"
+        found[name] = ("select", select(d, page, g, pages, score, group, kind), 3)
+    return found
+
+
+def decode(d: int, page: int, g: int, splits: int) -> dict[str, int]:
+    """Constants of `sparse_decode` as its launcher works them out for one query token."""
+    mr, dp, sb = power(g), power(d), power(splits)
+    sizes = {"H": 8, "G": g, "ROWS": max(16, mr), "MR": mr, "D": d, "DP": dp, "P": page, "SPLITS": splits, "SB": sb}
+    flags = {"WEIGHTED": False, "MASKED": False, "WANT_LSE": False}
+    return {**sizes, "CHUNK": min(sb, max(1, 4096 // (mr * dp))), **flags}
+
+
+def select(d: int, page: int, g: int, pages: int, score: int, group: int, kind: int) -> dict[str, int]:
+    """Constants of `score_select` as its launcher works them out for one query token."""
+    rows = {"ROWS": max(16, power(g)), "SC_ROWS": g if group == 2 else 1}
+    fixed = {"H": 8, "G": g, "D": d, "DP": power(d), "P": page, "TILE": 64, "NB": pages}
+    return {**fixed, **rows, "SCORE": score, "GROUP": group, "KIND": kind}
+
+
+CHILD = r"""
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_ext.kernels import index_update, score_select, sparse_decode
+
+KERNELS = {
+    "index": index_update._update_index, "select": score_select._score_select, "decode": sparse_decode._sparse_decode
+}
+POINTERS = {
+    "Q": "bf16", "K": "bf16", "V": "bf16", "INDEX": "bf16", "OUT": "bf16", "SLOTS": "i64", "STATS": "i64",
+    "SC": "fp32", "LOGW": "fp32", "LSE": "fp32", "PO": "fp32", "PL": "fp32",
+}
+cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+cases, aligned = json.loads(sys.stdin.read())
+
+
+def compile_one(item):
+    name, (kernel, constants, stages) = item
+    fn = KERNELS[kernel]
+    signature = {}
+    for arg in fn.arg_names:
+        if arg in constants:
+            signature[arg] = "constexpr"
+        elif arg == "scale":
+            signature[arg] = "fp32"
+        elif arg.isupper():
+            signature[arg] = "*" + POINTERS.get(arg, "i32")
+        else:
+            signature[arg] = "i32"
+    at = {arg: i for i, arg in enumerate(fn.arg_names)}
+    attributes = {(at[a],): [["tt.divisibility", 16]] for a, t in signature.items() if t[0] == "*" or a in aligned}
+    source = ASTSource(fn, signature, constexprs={(at[k],): v for k, v in constants.items()}, attrs=attributes)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        text = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return name, {"shared": done.metadata.shared, **usage}
+
+
+print("RESULT " + json.dumps(dict(map(compile_one, cases.items()))))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Resources of every case."""
+    pytest.importorskip("triton.backends.nvidia")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CHILD], input=json.dumps([cases(), ALIGNED]), capture_output=True, text=True,
+        env=env, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT ")[1])
+
+
+def test_cuobjdump_comes_with_triton() -> None:
+    import triton
+
+    assert (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").is_file()
+
+
+@pytest.mark.parametrize("case", cases())
+def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], case: str) -> None:
+    used = compiled[case]
+    assert used["STACK"] <= STACK
+    assert used["LOCAL"] == 0
+    assert used["REG"] <= 255
+    assert used["shared"] <= SHARED
