@@ -126,6 +126,12 @@ def _check_engine(method: SparseMethod, cfg: VllmConfig) -> None:
     drafts = spec.num_speculative_tokens if spec is not None else 0
     if drafts and drafts > 7:
         _fail(f"--plugins {name} supports up to 7 draft tokens a step, --speculative-config asks for {drafts}.")
+    rows = (1 + (drafts or 0)) * group
+    if not current_platform.is_cpu() and cfg.model_config.get_head_size() > 128 and method.page_size > 64 and rows > 32:
+        _fail(
+            f"{name}.page_size {method.page_size} does not fit a GPU with heads of {cfg.model_config.get_head_size()} "
+            f"and {rows} query rows a KV head; use 64."
+        )
     if cfg.kv_transfer_config is not None:
         _fail(f"--plugins {name} cannot be used with --kv-transfer-config: connectors do not move the page index.")
     if -(-cfg.model_config.max_model_len // method.page_size) > MAX_PAGES:

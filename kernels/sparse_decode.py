@@ -164,9 +164,9 @@ def splits_for(pairs: int, programs: int = 132) -> int:
     return min(MAX_SPLITS, max(1, round(programs / max(1, pairs))))
 
 
-def stages_for(page: int, dp: int) -> int:
+def stages_for(page: int, dp: int, rows: int) -> int:
     """Depth of the pipeline: five pages in flight, or as many as fit the 227 KiB of shared memory of an H100."""
-    return 5 if page * dp <= 16384 else 3
+    return 5 if max(page, rows) * dp <= 16384 else 3
 
 
 @dataclass
@@ -239,6 +239,6 @@ def sparse_decode(
         H=heads, G=g, ROWS=rows, MR=mr, D=d, DP=dp, P=k_cache.shape[2],
         SPLITS=splits, SB=sb, CHUNK=min(sb, max(1, 4096 // (mr * dp))),
         WEIGHTED=log_weight is not None, MASKED=row_mask is not None, WANT_LSE=lse is not None,
-        num_warps=num_warps, num_stages=stages_for(k_cache.shape[2], dp) if num_stages is None else num_stages,
+        num_warps=num_warps, num_stages=num_stages or stages_for(k_cache.shape[2], dp, rows),
     )  # fmt: skip
     return out

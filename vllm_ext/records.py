@@ -30,7 +30,7 @@ def record(command: str, results: Any, *, commit: str | None = None, **extra: An
         commit: the commit that was measured, for trees without git; None asks git.
         extra: further keys of the record (settings, notes).
     """
-    return {
+    data = {
         "command": command,
         "argv": sys.argv[1:],
         "time_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -38,8 +38,17 @@ def record(command: str, results: Any, *, commit: str | None = None, **extra: An
         "versions": versions(),
         "commit": commit or git_commit(),
         **extra,
-        "results": results,
     }
+    return portable(data) | {"results": results}
+
+
+def portable(value: Any) -> Any:
+    """`value` with absolute paths cut to their last part: records are published, a machine's folders are not."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(v) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
 
 
 def save(data: dict[str, Any], path: Path | str) -> Path:

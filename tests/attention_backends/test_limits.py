@@ -49,7 +49,7 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_conne
 def directory(path: Path, name: str) -> str:
     """A model directory that is enough to build a VllmConfig."""
     out = path / name.replace(" ", "-")
-    out.mkdir()
+    out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps({**LLAMA, **OTHERS[name]}))
     return str(out)
 
@@ -145,6 +145,26 @@ def test_each_platform_refuses_for_itself(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(type(config.model_config), "get_head_size", lambda self: 64)
     with pytest.raises(ConfigError, match=r"needs --dtype bfloat16 or float16 on a GPU, not torch\.float32\.$"):
         check(Quest(page_size=32), config)
+
+
+def test_kernel_that_does_not_fit_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 256 with pages of 128 leave room for 32 query rows; see tests/kernels/test_compile.py."""
+    from vllm.platforms import current_platform
+
+    from vllm_ext.attention_backends.limits import check
+    from vllm_ext.attention_backends.quest import Quest
+
+    quest, options = Quest(page_size=128), {"page_size": 128}
+    one, eight = (
+        build(tmp_path / str(n), "llama", options, {"speculative_config": {**NGRAM, "num_speculative_tokens": n}})
+        for n in (1, 7)
+    )
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(one.model_config), "get_head_size", lambda self: 256)
+    monkeypatch.setattr(type(one.model_config), "get_num_kv_heads", lambda self, parallel: 0.5)
+    check(quest, one)
+    with pytest.raises(ConfigError, match=r"^quest\.page_size 128 does not fit a GPU with heads of 256 .*; use 64\.$"):
+        check(quest, eight)
 
 
 def test_banner_says_what_runs(tmp_path: Path) -> None:

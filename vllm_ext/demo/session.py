@@ -41,7 +41,8 @@ class Plan:
         return args
 
 
-FULL = Plan(needles=5, length=3000, required=4)
+FULL = Plan(needles=5, length=3000, required=4, options={"page_size": 32, "budget": 1536, "dense_below": 1536})
+"""Half of the keys, in small pages: Quest's bound gets loose with the page, and this model is small."""
 SHORT = Plan(needles=2, length=1500, required=2, options={"budget": 768, "dense_below": 1024})
 """Small, and still with sparse steps: requests of more than `dense_below` tokens read a selection."""
 
