@@ -22,7 +22,7 @@ COMPATIBILITY = {
     "context": f"up to {MAX_PAGES} pages, with pages of 64 that is {MAX_PAGES * 64:,} tokens",
     "chunked prefill, mixed batches": "works",
     "prefix caching": "works; the page index is part of the cached page",
-    "preemption and recompute": "works; recomputed tokens are prefill, hence dense (a rest of up to 8 output tokens is a decode step)",
+    "preemption and recompute": "works; recomputed tokens are dense, but for a rest of at most 8",
     "n > 1, abort": "works",
     "CUDA graphs (FULL and PIECEWISE), torch.compile": "works",
     "async scheduling, model runners V1 and V2": "works",
