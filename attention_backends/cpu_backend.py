@@ -135,6 +135,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
                 scale=self.scale,
                 score=method.score,
                 group=method.group,
+                radius=method.radius,
                 capacity=method.capacity,
                 sink=method.sink,
                 local=method.local,

@@ -78,7 +78,7 @@ class SparseEngine:
             query, k_cache, index, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.always_dense,
             batch.slot_mapping, self.select,
             max_query_len=m, scale=scale, dense_limit=method.dense_limit, capacity=method.capacity, sink=method.sink,
-            local=method.local, score=method.score, group=method.group, index_kind=method.index,
+            local=method.local, score=method.score, group=method.group, radius=method.radius, index_kind=method.index,
         )  # fmt: skip
         sparse_decode(
             query, k_cache, v_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, pages, counts, out,

@@ -56,6 +56,11 @@ class SparseMethod:
         return getattr(cls, "name", cls.__name__.lower())
 
     @property
+    def radius(self) -> float:
+        """Share of a page's half-range that `bound` adds to its centre; 1 is the upper bound."""
+        return 1.0
+
+    @property
     def group(self) -> str:
         """How the scores of a GQA group's query heads combine: max, mean or softmax; a method may make it an option."""
         return "max"

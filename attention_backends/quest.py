@@ -14,6 +14,9 @@ from vllm_ext.options import option
 class Quest(SparseMethod):
     """Score of a page: `sum_c max(q_c * min_c, q_c * max_c)`, an upper bound of every logit in the page.
 
+    That is `q . centre + |q| . half_range` of the box around the page's keys. The box grows with the page, and with it
+    the bound's noise; `radius` below 1 takes only that share of the half-range and is no bound (not in the paper).
+
     `min` and `max` are taken channel by channel over the page's keys. The query heads of a GQA group share one
     list, so their bounds are combined by `group`; the paper has one KV head per query head and needs no such choice.
     """
@@ -26,3 +29,4 @@ class Quest(SparseMethod):
     group: str = option(
         "max", "how the bounds of a GQA group's query heads combine", choices=("max", "mean", "softmax")
     )
+    radius: float = option(1.0, "share of the half-range of a page's keys in its score", minimum=0, maximum=1)

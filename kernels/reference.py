@@ -83,12 +83,22 @@ def combine_rows(scores: Tensor, group: str) -> Tensor:
 
 
 def page_scores(
-    q: Tensor, k_cache: Tensor, index: Tensor | None, pages: Tensor, n: int, scale: float, score: str, group: str
+    q: Tensor,
+    k_cache: Tensor,
+    index: Tensor | None,
+    pages: Tensor,
+    n: int,
+    scale: float,
+    score: str,
+    group: str,
+    radius: float = 1.0,
 ) -> Tensor:
     """Scores of the pages of one request: q [m, Hq, D], pages [N] physical -> [H, N] fp32.
 
-    `bound` (Quest): `scale * sum_c max(q_c min_c, q_c max_c)`. `dot`: `scale * q . mean`. `exact`: log-sum-exp of the
-    page's causal logits. `recency`: the page's number, no key is read.
+    `bound` (Quest): `scale * sum_c max(q_c min_c, q_c max_c)` for `radius` 1; in general
+    `scale * (q . centre + radius * |q| . half_range)`, centre = (max + min) / 2, half_range = (max - min) / 2.
+    `dot`: `scale * q . mean`. `exact`: log-sum-exp of the page's causal logits. `recency`: the page's number, no key
+    is read.
     """
     count, page = pages.numel(), k_cache.shape[2]
     heads = k_cache.shape[1]
@@ -106,8 +116,9 @@ def page_scores(
         raise ValueError(f"page score '{score}' needs a page index")
     record = index[pages].transpose(0, 1).float()  # [H, N, K, D]
     if score == "bound":
-        s = torch.einsum("hrd,hnd->hrn", rows.clamp(min=0), record[:, :, 1])
-        s += torch.einsum("hrd,hnd->hrn", rows.clamp(max=0), record[:, :, 0])
+        low, high = record[:, :, 0], record[:, :, 1]
+        s = torch.einsum("hrd,hnd->hrn", rows, (high + low) / 2)
+        s += radius * torch.einsum("hrd,hnd->hrn", rows.abs(), (high - low) / 2)
     elif score == "dot":
         s = torch.einsum("hrd,hnd->hrn", rows, record[:, :, 0])
     else:
@@ -219,6 +230,7 @@ def sparse_decode_step(
     scale: float,
     score: str,
     group: str,
+    radius: float = 1.0,
     capacity: int,
     sink: int,
     local: int,
@@ -244,7 +256,7 @@ def sparse_decode_step(
         pages = block_table[r, : page_count(n, page)].long()
         ids, m = None, rows.stop - rows.start
         if not dense[r]:
-            s = page_scores(q[rows], k_cache, index, pages, n, scale, score, group)
+            s = page_scores(q[rows], k_cache, index, pages, n, scale, score, group, radius)
             ids = select_pages(s, n, m, page, capacity, sink, local)
         out[rows] = sparse_attention(q[rows], k_cache, v_cache, pages, ids, n, scale)[0]
         if ids is None:

@@ -133,7 +133,7 @@ def _tile_exact(
 
 @triton.jit
 def _tile_indexed(
-    q, INDEX, BT, tile, head, n, scale, i_page, i_head,
+    q, INDEX, BT, tile, head, n, scale, radius, i_page, i_head,
     SCORE: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Quest bound or mean-key logit of every complete page of the tile: [ROWS, TILE], -inf for others."""
@@ -146,9 +146,10 @@ def _tile_indexed(
     low = tl.load(at, mask=ok, other=0.0)
     if SCORE == 0:
         high = tl.load(at + D, mask=ok, other=0.0)
-        zero = tl.zeros_like(q)
-        x = tl.dot(tl.maximum(q, zero).to(q.dtype), high, input_precision="ieee")
-        x = tl.dot(tl.minimum(q, zero).to(q.dtype), low, x, input_precision="ieee")
+        # q . centre + radius |q| . half_range as two products; radius 1 gives max(q, 0) . max + min(q, 0) . min.
+        half, reach = 0.5 * q.to(tl.float32), 0.5 * radius * tl.abs(q.to(tl.float32))
+        x = tl.dot((half + reach).to(q.dtype), high, input_precision="ieee")
+        x = tl.dot((half - reach).to(q.dtype), low, x, input_precision="ieee")
     else:
         x = tl.dot(q, low, input_precision="ieee")
     return tl.where(complete[None, :], x * scale, float("-inf"))
@@ -186,7 +187,7 @@ def _count(STATS, read, visible, scored, pages, is_sparse: tl.constexpr):
 @triton.jit
 def _score_select(
     Q, K, INDEX, BT, SEQ, START, DENSE, SLOTS, SC, IDS, PAGES, COUNTS, TICKET, STATS,
-    scale, dense_limit, capacity, sink, local, np_cap, bt_row,
+    scale, radius, dense_limit, capacity, sink, local, np_cap, bt_row,
     q_tok, q_head, k_page, k_head, k_tok, i_page, i_head,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr, NB: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
@@ -230,7 +231,7 @@ def _score_select(
             if SCORE == 2:
                 x = _tile_exact(q, K, table, tile, head, n, m, scale, k_page, k_head, k_tok, G, ROWS, P, D, DP, TILE)
             else:
-                x = _tile_indexed(q, INDEX, table, tile, head, n, scale, i_page, i_head, SCORE, P, D, DP, TILE)
+                x = _tile_indexed(q, INDEX, table, tile, head, n, scale, radius, i_page, i_head, SCORE, P, D, DP, TILE)
             if GROUP == 0:
                 tl.store(SCP + page, tl.max(tl.where(live[:, None], x, float("-inf")), 0), mask=page < count)
             elif GROUP == 1:
@@ -309,6 +310,7 @@ def score_select(
     score: str,
     group: str,
     index_kind: str,
+    radius: float = 1.0,
     num_warps: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill `buffers.ids`, `buffers.pages` [R, H, capacity] and `buffers.counts` [R, H]; shapes as in `reference`.
@@ -318,6 +320,7 @@ def score_select(
         slot_mapping: [T] int64; completed pages get their index here, so `update_index` is not needed as well.
         max_query_len: most query tokens of a request (1 + drafts); a constant of the captured graph.
         dense_limit: requests of up to this many keys are dense.
+        radius: share of the half-range in the score `bound`; 1 = Quest's upper bound.
 
     Returns:
         (ids, pages, counts): logical pages, the same as physical pages, and how many; views of the buffers.
@@ -330,7 +333,7 @@ def score_select(
     _score_select[(requests * heads, workers)](
         q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping,
         buffers.scores, buffers.ids, buffers.pages, buffers.counts, buffers.ticket, buffers.stats,
-        scale, dense_limit, capacity, sink, local, np_cap, block_table.stride(0),
+        scale, radius, dense_limit, capacity, sink, local, np_cap, block_table.stride(0),
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         ind.stride(0), ind.stride(1),
         H=heads, G=g, ROWS=padded_rows(max_query_len, g), D=d, DP=triton.next_power_of_2(d), P=page,

@@ -100,7 +100,7 @@ def compile_one(item):
     for arg in fn.arg_names:
         if arg in constants:
             signature[arg] = "constexpr"
-        elif arg == "scale":
+        elif arg in ("scale", "radius"):
             signature[arg] = "fp32"
         elif arg.isupper():
             signature[arg] = "*" + POINTERS.get(arg, "i32")

@@ -38,14 +38,16 @@ def error(out: torch.Tensor, ref: torch.Tensor) -> float:
     return ((out.float() - ref.float()).norm() / ref.float().norm()).item()
 
 
-def expected_list(p: Paged, r: int, score: str, group: str, capacity: int) -> torch.Tensor:
+def expected_list(p: Paged, r: int, score: str, group: str, capacity: int, radius: float = 1.0) -> torch.Tensor:
     n, rows = p.lens[r], slice(p.starts[r], p.starts[r + 1])
     pages = p.block_table[r, : -(-n // p.page)].long()
-    s = reference.page_scores(p.q[rows], p.k_cache, p.index, pages, n, p.scale, score, group)
+    s = reference.page_scores(p.q[rows], p.k_cache, p.index, pages, n, p.scale, score, group, radius)
     return reference.select_pages(s, n, rows.stop - rows.start, p.page, capacity, **KW)
 
 
-def run_select(p: Paged, score: str, group: str, capacity: int, dense_limit: int = 0, pages: int = 0):
+def run_select(
+    p: Paged, score: str, group: str, capacity: int, dense_limit: int = 0, pages: int = 0, radius: float = 1.0
+):
     m = max(b - a for a, b in zip(p.starts, p.starts[1:]))
     heads = p.k_cache.shape[1]
     rows = m * p.q.shape[1] // heads
@@ -56,7 +58,7 @@ def run_select(p: Paged, score: str, group: str, capacity: int, dense_limit: int
         p.q, p.k_cache, p.index, p.block_table, p.seq_lens, p.query_start_loc,
         torch.zeros(len(p.lens), dtype=torch.int32, device=DEVICE), p.slot_mapping, buf,
         max_query_len=m, scale=p.scale, dense_limit=dense_limit, capacity=capacity, score=score, group=group,
-        index_kind="minmax", **KW,
+        index_kind="minmax", radius=radius, **KW,
     )  # fmt: skip
     for r in range(len(p.lens)):
         for h in range(heads):
@@ -109,6 +111,30 @@ def test_other_scores_equal_reference(name: str, score: str) -> None:
         expected = expected_list(p, r, score, group, 4)
         assert torch.equal(ids[r, :, : expected.shape[1]].cpu(), expected.cpu())
         assert (counts[r] == expected.shape[1]).all()
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5])
+def test_smaller_radius_equals_reference(radius: float) -> None:
+    p = make([700, 333], [1, 2], 2, 3, 64, 16)
+    fill_index(p, "minmax")
+    ids, _, _ = run_select(p, "bound", "max", capacity=9, radius=radius)
+    for r in range(2):
+        assert torch.equal(ids[r].cpu(), expected_list(p, r, "bound", "max", 9, radius).cpu())
+
+
+def test_bound_is_above_every_logit_of_its_page_and_its_centre_is_not() -> None:
+    """Identity of Quest, section 3.2; `radius` 0 is the centre of the box alone."""
+    p = make([640], [1], 2, 2, 64, 16)
+    fill_index(p, "minmax")
+    pages = p.block_table[0, :40].long()
+    keys = p.k_cache[pages].transpose(0, 1).float()
+    rows = reference.grouped(p.q, 2)
+    logits = torch.einsum("hrd,hnpd->hrnp", rows, keys).mul(p.scale).amax(-1).amax(1)
+    bound, centre = (
+        reference.page_scores(p.q, p.k_cache, p.index, pages, 640, p.scale, "bound", "max", radius) for radius in (1, 0)
+    )
+    assert (bound >= logits - 1e-4).all()
+    assert (centre < logits).any()
 
 
 def test_ties_go_to_the_lower_page() -> None:
