@@ -67,16 +67,18 @@ def test_banner_is_cut_out_of_the_log():
 
 
 def test_plugin_arguments_of_the_plans():
-    assert FULL.plugin_args() == ["--plugins", "quest"]
+    assert FULL.plugin_args()[:4] == ["--plugins", "quest", "--additional-config.vllm_ext.quest.page_size", "32"]
     assert SHORT.plugin_args()[2:4] == ["--additional-config.vllm_ext.quest.budget", "768"]
     # a request of the short form is long enough to be sparse
     assert SHORT.length > SHORT.options["dense_below"]
 
 
-def test_options_of_the_short_plan_are_options_of_quest():
+@pytest.mark.parametrize("plan", [FULL, SHORT])
+def test_options_of_the_plans_are_options_of_quest(plan):
     from vllm_ext import config
 
-    assert config.expand(["quest"], {"quest": dict(SHORT.options)})
+    assert config.expand(["quest"], {"quest": dict(plan.options)})
+    assert plan.length > plan.options["dense_below"]  # long enough to be sparse
 
 
 def test_report_shows_texts_as_they_are_and_a_dash_for_what_is_missing():
