@@ -90,7 +90,6 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         active_method(get_current_vllm_config())
-        self._index: tuple[int, torch.Tensor | None] | None = None
 
     def forward(
         self,
@@ -118,31 +117,32 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
     def _sparse(
         self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any, output: torch.Tensor
     ) -> None:
-        keys, values = cache_views(kv_cache, layout_of(kv_cache))
+        keys, values = cache_views(kv_cache)
         index = index_view(kv_cache, method, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
         q = query.view(-1, self.num_heads, self.head_size)
+        chosen = set(meta.sparse_rows)
+        report = reference.sparse_decode_step(
+            q,
+            keys,
+            values,
+            index,
+            meta.block_table,
+            [n if r in chosen else 0 for r, n in enumerate(meta.lens)],  # the step skips requests without keys
+            meta.starts,
+            scale=self.scale,
+            score=method.score,
+            group=method.group,
+            radius=method.radius,
+            capacity=method.capacity,
+            sink=method.sink,
+            local=method.local,
+            dense=[False] * len(meta.lens),
+            out=out,
+        )
+        heads = kv_cache.shape[1]
         for r in meta.sparse_rows:
-            rows = slice(meta.starts[r], meta.starts[r + 1])
-            [(scored, selected, read)] = reference.sparse_decode_step(
-                q[rows],
-                keys,
-                values,
-                index,
-                meta.block_table[r : r + 1],
-                [meta.lens[r]],
-                [0, rows.stop - rows.start],
-                scale=self.scale,
-                score=method.score,
-                group=method.group,
-                radius=method.radius,
-                capacity=method.capacity,
-                sink=method.sink,
-                local=method.local,
-                dense=[False],
-                out=out[rows],
-            )
-            heads = kv_cache.shape[1]
+            scored, selected, read = report[r]
             meta.counters.add_sparse(read, heads * meta.lens[r], scored, selected, heads)
 
     def _count_dense(self, meta: Any, heads: int) -> None:
@@ -157,22 +157,19 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         if self.method is not None and self.method.index != "none":
             index = index_view(kv_cache, self.method, self.head_size)
             assert index is not None
-            keys, _ = cache_views(kv_cache, layout_of(kv_cache))
+            keys, _ = cache_views(kv_cache)
             reference.update_index(keys, index, slot_mapping, self.method.index)
 
 
 # The CPU kernels store K in an order of their own inside a page. It is found by asking them, not by assuming it.
-def layout_of(kv_cache: torch.Tensor) -> bool:
-    """True if the CPU kernel stores K of a page transposed, [D, P]; False if [P, D]."""
+@lru_cache
+def _stores_keys_transposed(dtype: torch.dtype, page: int, dim: int) -> bool:
+    """True if the CPU kernel stores K of a page [D, P]; False if [P, D]."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    _, _, page, width = kv_cache.shape
-    return _stores_keys_transposed(kv_cache.dtype, page, width // 2, _get_attn_isa(kv_cache.dtype, page, width // 2))
-
-
-@lru_cache
-def _stores_keys_transposed(dtype: torch.dtype, page: int, dim: int, isa: str) -> bool:
-    keys = torch.randn(page, 1, dim).to(dtype)
+    isa = _get_attn_isa(dtype, page, dim)
+    # A generator of our own: the engine's random state is for sampling.
+    keys = torch.randn(page, 1, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     probe = torch.zeros(1, 1, 2 * page, dim, dtype=dtype)
     k, v = probe.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
@@ -190,12 +187,12 @@ def _stores_keys_transposed(dtype: torch.dtype, page: int, dim: int, isa: str) -
     )
 
 
-def cache_views(kv_cache: torch.Tensor, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def cache_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of a CPU cache [num_pages, H, P, 2 * D] as views [num_pages, H, P, D]."""
     pages, heads, page, width = kv_cache.shape
     planes = kv_cache.view(pages, heads, 2 * page, width // 2)
     k, v = planes.chunk(2, dim=2)
-    if transposed:
+    if _stores_keys_transposed(kv_cache.dtype, page, width // 2):
         s0, s1, _, _ = k.stride()
         k = k.as_strided((pages, heads, page, width // 2), (s0, s1, 1, page), k.storage_offset())
     return k, v

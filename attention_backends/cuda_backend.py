@@ -109,11 +109,12 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
         assert self.engine is not None
         dense = self.engine.always_dense
         flags = c.is_prefilling
-        if flags is not None and (self._any_dense or bool(flags[:requests].any())):  # rare: spare the copy
+        any_dense = flags is not None and bool(flags[:requests].any())
+        if flags is not None and (self._any_dense or any_dense):  # rare: spare the copy
             count = min(requests, flags.shape[0])
             dense[:count].copy_(flags[:count].to(torch.int32), non_blocking=True)
             dense[count:].zero_()
-            self._any_dense = bool(flags[:requests].any())
+            self._any_dense = any_dense
         return DecodeBatch(
             c.block_table_tensor[:requests],
             c.seq_lens[:requests],

@@ -98,7 +98,7 @@ def _select(
 
 
 @triton.jit
-def _query_rows(Q, q0, m, head, q_tok, q_head, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def query_rows(Q, q0, m, head, q_tok, q_head, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """The m * G query rows of one KV head, zero beyond: [ROWS, DP]; and which rows exist."""
     row = tl.arange(0, ROWS)
     rd = tl.arange(0, DP)
@@ -222,7 +222,7 @@ def _score_select(
     SCP = SC + pair.to(tl.int64) * np_cap * SC_ROWS
     table = BT + r * bt_row
     if SCORE != 3:
-        q, live = _query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
+        q, live = query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
     for tile in range(worker, tiles, active):
         page = tile * TILE + tl.arange(0, TILE)
         if SCORE == 3:

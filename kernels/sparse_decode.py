@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ext.kernels.score_select import _query_rows, padded_rows
+from vllm_ext.kernels.score_select import padded_rows, query_rows
 
 MAX_SPLITS = 32
 
@@ -118,7 +118,7 @@ def _sparse_decode(
         return
     lo = split * share
     hi = tl.minimum(lo + share, count)
-    q, live = _query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
+    q, live = query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
     first = pair.to(tl.int64) * capacity
     if is_list:
         pages = PAGES + first

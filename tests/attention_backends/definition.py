@@ -29,11 +29,11 @@ class Checker:
 
     def compare(self, impl: Any, method: Any, query: Any, kv_cache: Any, meta: Any, output: Any, r: int) -> None:
         """One request of one layer."""
-        from vllm_ext.attention_backends.cpu_backend import cache_views, layout_of
+        from vllm_ext.attention_backends.cpu_backend import cache_views
 
         rows, n = slice(meta.starts[r], meta.starts[r + 1]), meta.lens[r]
         pages = meta.block_table[r, : -(-n // PAGE)].long()
-        keys, values = (x[pages].transpose(1, 2).flatten(0, 1)[:n] for x in cache_views(kv_cache, layout_of(kv_cache)))
+        keys, values = (x[pages].transpose(1, 2).flatten(0, 1)[:n] for x in cache_views(kv_cache))
         q = query.view(-1, impl.num_heads, impl.head_size)[rows]
         want, read = attention(method, q.double(), keys.double(), values.double(), impl.scale)
         got = output.view(-1, impl.num_heads, impl.head_size)[rows]

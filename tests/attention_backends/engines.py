@@ -132,7 +132,7 @@ def complete_pages(llm: Any) -> list[int]:
 
 def wrong_records(llm: Any) -> tuple[list[str], int]:
     """Compare every index record with the one rebuilt from the page's keys: (what differs, pages compared)."""
-    from vllm_ext.attention_backends.cpu_backend import cache_views, layout_of
+    from vllm_ext.attention_backends.cpu_backend import cache_views
     from vllm_ext.attention_backends.support import index_view
     from vllm_ext.kernels import reference
 
@@ -140,7 +140,7 @@ def wrong_records(llm: Any) -> tuple[list[str], int]:
     wrong = []
     for name, layer in sparse_layers(llm).items():
         cache, method = layer.kv_cache, layer.impl.method
-        keys, _ = cache_views(cache, layout_of(cache))
+        keys, _ = cache_views(cache)
         index = index_view(cache, method, layer.impl.head_size)
         assert index is not None
         same = (index[pages] == reference.index_record(keys[pages], method.index)).flatten(1).all(1)

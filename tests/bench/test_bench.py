@@ -78,14 +78,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "word"), BAD)
-def test_bad_input(arguments, word, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["vllm-ext", "bench", "decode", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    message = capsys.readouterr().err.strip()
-    assert word in message
-    assert len(message.splitlines()) == 1
+def test_bad_input(arguments, word, assert_refused):
+    assert_refused(["bench", "decode", *arguments], word)
 
 
 def test_kernels_need_cuda(monkeypatch, capsys):
