@@ -19,6 +19,8 @@ from vllm_ext.options import ConfigError, did_you_mean
 
 HEADS, GROUP, SIZE, PAGE = 8, 4, 128, 64
 SCALE = SIZE**-0.5
+FILL = 4096
+"""Pages written at once: torch's indexed writes fault on views of more than 2^31 elements."""
 PEAKS = 4
 """Pages of a request and KV head whose keys point along the queries."""
 
@@ -96,7 +98,8 @@ def _layer(case: Case, pages: int, device: str) -> Layer:
 
     total, content, record = case.batch * pages, HEADS * PAGE * 2 * SIZE, HEADS * 2 * SIZE
     raw = torch.empty(total, content + record, dtype=torch.bfloat16, device=device)
-    raw[:, :content].normal_()
+    for rows in raw.split(FILL):
+        rows.normal_()
     cache = raw[:, :content].view(total, HEADS, PAGE, 2 * SIZE)
     k, v = cache[..., :SIZE], cache[..., SIZE:]
     index = raw[:, content:].view(total, HEADS, 2, SIZE)
@@ -105,10 +108,13 @@ def _layer(case: Case, pages: int, device: str) -> Layer:
     direction = torch.nn.functional.normalize(q.float().view(case.batch, HEADS, GROUP, SIZE).mean(2), dim=-1)
     for head in range(HEADS):
         peaks = torch.rand(case.batch, pages, device=device).topk(min(PEAKS, pages)).indices
-        where = table.gather(1, peaks).long()
-        k[where.flatten(), head] += (16 * direction[:, head]).to(k.dtype).repeat_interleave(peaks.shape[1], 0)[:, None]
-    for at in range(0, total, 4096):
-        index[at : at + 4096] = index_record(k[at : at + 4096], "minmax")
+        where = table.gather(1, peaks).long().flatten()
+        added = (16 * direction[:, head]).to(k.dtype).repeat_interleave(peaks.shape[1], 0)[:, None]
+        for at in range(0, total, FILL):
+            here = (where >= at) & (where < at + FILL)
+            k[at : at + FILL, head].index_add_(0, where[here] - at, added[here].expand(-1, PAGE, -1))
+    for at in range(0, total, FILL):
+        index[at : at + FILL] = index_record(k[at : at + FILL], "minmax")
     return Layer(q, k, v, index, table, torch.empty_like(q))
 
 
