@@ -18,8 +18,15 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_ext.attention_backends.method import BACKEND_NAME, SparseMethod
-from vllm_ext.attention_backends.support import MAX_QUERY_TOKENS, active_method, index_view, mark_layers, padded_spec
-from vllm_ext.kernels import reference
+from vllm_ext.attention_backends.stages import DecodeBatch, Stages
+from vllm_ext.attention_backends.support import (
+    MAX_QUERY_TOKENS,
+    active_method,
+    index_view,
+    mark_layers,
+    padded_spec,
+    stage_dims,
+)
 from vllm_ext.metrics import Counters, Exporter
 
 
@@ -32,6 +39,7 @@ class SparseCPUMetadata(CPUAttentionMetadata):
     lens: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     counters: Counters | None = None
+    stages: Stages | None = None
 
 
 class SparseCPUBackend(CPUAttentionBackend):
@@ -61,7 +69,13 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.method = active_method(vllm_config)
         self.sparse_layers = mark_layers(vllm_config, layer_names, self.method)
-        self.counters = Counters(scale=max(1, len(self.sparse_layers)) * kv_cache_spec.num_kv_heads)
+        self.stages: Stages | None = None
+        self.counters = Counters()
+        if self.sparse_layers:
+            self.stages = self.method.stages(
+                stage_dims(vllm_config, self.sparse_layers, kv_cache_spec, self.num_heads, MAX_QUERY_TOKENS, device)
+            )
+            self.counters = Counters(len(self.sparse_layers) * kv_cache_spec.num_kv_heads, self.stages.page_bytes)
         self.exporter = Exporter(vllm_config, layer_names[0])
 
     def build(
@@ -69,7 +83,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
     ) -> SparseCPUMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         self.exporter.write(self.counters)  # of the steps before this one
-        meta = SparseCPUMetadata(**vars(stock), counters=self.counters)
+        meta = SparseCPUMetadata(**vars(stock), counters=self.counters, stages=self.stages)
         meta.lens = common_attn_metadata.seq_lens.tolist()
         meta.starts = common_attn_metadata.query_start_loc.tolist()
         prefilling = common_attn_metadata.is_prefilling
@@ -86,6 +100,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
     """Stock forward, then the sparse rows are computed (again) over their pages."""
 
     method: SparseMethod | None = None
+    layer_number = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -107,58 +122,47 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         method, meta = self.method, attn_metadata
         if meta is None or method is None:
             return super().forward(layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale)
-        self._count_dense(meta, kv_cache.shape[1])
         if len(meta.sparse_rows) < meta.seq_lens.shape[0]:
             super().forward(layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale)
+            self._dense(method, query, kv_cache, meta)
         if meta.sparse_rows:
             self._sparse(method, query, kv_cache, meta, output)
+        meta.counters.values = meta.stages.stats.tolist()
         return output
 
     def _sparse(
         self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any, output: torch.Tensor
     ) -> None:
+        out = output.view(-1, self.num_heads, self.head_size)
+        meta.stages.reference_decode(*self._arguments(method, query, kv_cache, meta, True), out, self.scale)
+
+    def _dense(self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any) -> None:
+        """What the other rows owe to later sparse steps: the index."""
+        meta.stages.reference_index(*self._arguments(method, query, kv_cache, meta, False), self.scale)
+        for r in meta.dense_rows:
+            meta.stages.count(meta.lens[r], kv_cache.shape[1], None)
+
+    def _arguments(
+        self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any, sparse: bool
+    ) -> tuple[Any, ...]:
+        """The stages' arguments for the sparse rows of a batch, or for the others."""
         keys, values = cache_views(kv_cache)
         index = index_view(kv_cache, method, self.head_size)
-        out = output.view(-1, self.num_heads, self.head_size)
         q = query.view(-1, self.num_heads, self.head_size)
-        chosen = set(meta.sparse_rows)
-        report = reference.sparse_decode_step(
-            q,
-            keys,
-            values,
-            index,
-            meta.block_table,
-            [n if r in chosen else 0 for r, n in enumerate(meta.lens)],  # the step skips requests without keys
-            meta.starts,
-            scale=self.scale,
-            score=method.score,
-            group=method.group,
-            radius=method.radius,
-            capacity=method.capacity,
-            sink=method.sink,
-            local=method.local,
-            dense=[False] * len(meta.lens),
-            out=out,
-        )
-        heads = kv_cache.shape[1]
-        for r in meta.sparse_rows:
-            scored, selected, read = report[r]
-            meta.counters.add_sparse(read, heads * meta.lens[r], scored, selected, heads)
+        return self.layer_number, q, keys, values, index, rows_of(meta, sparse)
 
-    def _count_dense(self, meta: Any, heads: int) -> None:
-        for r in meta.dense_rows:
-            meta.counters.add_dense(heads * meta.lens[r], heads)
 
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write the new keys and values, then refresh the index of the pages they complete."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.method is not None and self.method.index != "none":
-            index = index_view(kv_cache, self.method, self.head_size)
-            assert index is not None
-            keys, _ = cache_views(kv_cache)
-            reference.update_index(keys, index, slot_mapping, self.method.index)
+def rows_of(meta: SparseCPUMetadata, sparse: bool) -> DecodeBatch:
+    """The sparse rows of a batch, or the others: requests left out have no keys, their tokens no slot."""
+    chosen = set(meta.sparse_rows)
+    lens, slots = torch.zeros(len(meta.lens), dtype=torch.int32), torch.full_like(meta.slot_mapping, -1)
+    for r, n in enumerate(meta.lens):
+        if (r in chosen) == sparse and r + 1 < len(meta.starts):
+            lens[r] = n
+            slots[meta.starts[r] : meta.starts[r + 1]] = meta.slot_mapping[meta.starts[r] : meta.starts[r + 1]]
+    flags = torch.zeros_like(lens) if sparse else torch.ones_like(lens)
+    tokens = meta.num_actual_tokens
+    return DecodeBatch(meta.block_table, lens, meta.query_start_loc, slots, flags, tokens, MAX_QUERY_TOKENS)
 
 
 # The CPU kernels store K in an order of their own inside a page. It is found by asking them, not by assuming it.

@@ -1,4 +1,4 @@
-"""The sparse backend on CUDA: FlashAttention for prefill and dense layers, the Triton engine for decode rows."""
+"""The sparse backend on CUDA: FlashAttention for prefill and dense layers, the method's stages for decode rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_ext.attention_backends.engine import DecodeBatch, SparseEngine
 from vllm_ext.attention_backends.method import BACKEND_NAME, SparseMethod
-from vllm_ext.attention_backends.support import active_method, index_view, mark_layers, padded_spec
-from vllm_ext.kernels.index_update import update_index
+from vllm_ext.attention_backends.stages import DecodeBatch, Stages
+from vllm_ext.attention_backends.support import active_method, index_view, mark_layers, padded_spec, stage_dims
 from vllm_ext.metrics import Counters, Exporter
 
 
@@ -30,7 +29,7 @@ class SparseMetadata(FlashAttentionMetadata):
 
     decode: DecodeBatch | None = None
     prefill: FlashAttentionMetadata | None = None
-    engine: SparseEngine | None = None
+    stages: Stages | None = None
 
 
 class SparseFlashBackend(FlashAttentionBackend):
@@ -58,7 +57,7 @@ class SparseFlashBackend(FlashAttentionBackend):
 
 
 class SparseFlashBuilder(FlashAttentionMetadataBuilder):
-    """Splits a batch into decode rows (sparse engine) and prefill rows (FlashAttention)."""
+    """Splits a batch into decode rows (the method's stages) and prefill rows (FlashAttention)."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False  # the decode and prefill parts hold slices of the block table
@@ -68,32 +67,27 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.method = active_method(vllm_config)
         sparse = mark_layers(vllm_config, layer_names, self.method)
-        self.engine: SparseEngine | None = None
+        self.stages: Stages | None = None
         self._any_dense = False
         if sparse:
-            self.engine = SparseEngine(
-                self.method,
-                num_heads=self.num_heads_q,
-                num_kv_heads=self.num_heads_kv,
-                head_size=self.headdim,
-                max_requests=vllm_config.scheduler_config.max_num_seqs,
-                max_model_len=vllm_config.model_config.max_model_len,
-                max_query_len=self.reorder_batch_threshold or 1,
-                device=device,
-            )
-            exporter = Exporter(vllm_config, layer_names[0])
-            self.counters = DeviceCounters(self.engine.select.stats, len(sparse) * self.num_heads_kv, exporter)
+            threshold = self.reorder_batch_threshold
+            dims = stage_dims(vllm_config, sparse, kv_cache_spec, self.num_heads_q, threshold, device)
+            self.stages = self.method.stages(dims)
+            self.stages.allocate()
+            self.always_dense = torch.zeros(dims.max_requests, dtype=torch.int32, device=device)
+            counters = Counters(len(sparse) * self.num_heads_kv, self.stages.page_bytes)
+            self.counters = DeviceCounters(self.stages.stats, counters, Exporter(vllm_config, layer_names[0]))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
         """Stock metadata; with sparse layers in the group, a SparseMetadata."""
         meta = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self.engine is None:
+        if self.stages is None:
             return meta
         self.counters.publish()
         c, threshold = common_attn_metadata, self.reorder_batch_threshold or 1
-        meta = SparseMetadata(**vars(meta), engine=self.engine)
+        meta = SparseMetadata(**vars(meta), stages=self.stages)
         if c.max_query_len <= threshold:
             requests, tokens = c.num_reqs, c.num_actual_tokens
         else:
@@ -106,8 +100,7 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
         return meta
 
     def _decode_batch(self, c: CommonAttentionMetadata, requests: int, tokens: int, m: int) -> DecodeBatch:
-        assert self.engine is not None
-        dense = self.engine.always_dense
+        dense = self.always_dense
         flags = c.is_prefilling
         any_dense = flags is not None and bool(flags[:requests].any())
         if flags is not None and (self._any_dense or any_dense):  # rare: spare the copy
@@ -141,10 +134,24 @@ def prefill_part(c: CommonAttentionMetadata, requests: int, tokens: int) -> Comm
     return part
 
 
+def prompt_rows(meta: FlashAttentionMetadata) -> DecodeBatch:
+    """The rows of prompts as the stages take them."""
+    return DecodeBatch(
+        meta.block_table,
+        meta.seq_lens,
+        meta.query_start_loc,
+        meta.slot_mapping[: meta.num_actual_tokens],
+        torch.ones_like(meta.seq_lens),
+        meta.num_actual_tokens,
+        meta.max_query_len,
+    )
+
+
 class SparseFlashImpl(FlashAttentionImpl):
-    """Stock forward for dense layers and prefill rows; the sparse engine for decode rows."""
+    """Stock forward for dense layers and prefill rows; the method's stages for decode rows."""
 
     method: SparseMethod | None = None
+    layer_number = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,25 +176,25 @@ class SparseFlashImpl(FlashAttentionImpl):
         keys, values = kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
         index = index_view(kv_cache, self.method, self.head_size)
         decode: DecodeBatch | None = meta.decode
+        stages, number = meta.stages, self.layer_number
         done = 0
         if decode is not None:
             done = decode.tokens
-            meta.engine.forward(query[:done], keys, values, index, decode, output[:done], self.scale)
+            stages.decode(number, query[:done], keys, values, index, decode, output[:done], self.scale)
         if done == meta.num_actual_tokens:
             return output
         rest = meta.prefill if decode is not None else meta
-        if index is not None:
-            update_index(keys, index, rest.slot_mapping, self.method.index)
-        part = (x[done : meta.num_actual_tokens] for x in (query, key, value))
+        part = [x[done : meta.num_actual_tokens] for x in (query, key, value)]
+        stages.write_index(number, part[0], keys, values, index, prompt_rows(rest), self.scale)
         super().forward(layer, *part, kv_cache, rest, output[done : meta.num_actual_tokens])
         return output
 
 
 class DeviceCounters:
-    """Brings the engine's counters to the host without a sync: each step starts a copy and publishes a finished one."""
+    """Brings the stages' counters to the host without a sync: each step starts a copy and publishes a finished one."""
 
-    def __init__(self, stats: torch.Tensor, scale: int, exporter: Exporter) -> None:
-        self.stats, self.counters, self.exporter = stats, Counters(scale), exporter
+    def __init__(self, stats: torch.Tensor, counters: Counters, exporter: Exporter) -> None:
+        self.stats, self.counters, self.exporter = stats, counters, exporter
         self.host = torch.zeros(stats.shape, dtype=stats.dtype, pin_memory=stats.is_cuda)
         self.event = torch.cuda.Event()
         self.started = False

@@ -1,7 +1,7 @@
 """What a sparse attention method declares: its options, its page index, its score and its selection.
 
 A method is a frozen dataclass: the fields are the options of the command line, the class variables fill the
-slots of the pipeline index -> score -> select -> attend (see `engine.py`). No torch or vLLM import here: the
+slots of the pipeline index -> score -> select -> attend (see `stages.py`). No torch or vLLM import here: the
 classes are read while vLLM's command line is being built.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vllm_ext.options import ConfigError, option
+
+if TYPE_CHECKING:
+    from vllm_ext.attention_backends.stages import StageDims, Stages
 
 BACKEND_NAME = "VLLM_EXT_SPARSE"
 """The name under which the one backend of all sparse methods is registered with vLLM."""
@@ -78,6 +81,12 @@ class SparseMethod:
     def record_elements(self, head_size: int) -> int:
         """Elements of the KV-cache dtype that the index of one page takes for one KV head."""
         return {"none": 0, "minmax": 2, "mean": 1}[self.index] * head_size
+
+    def stages(self, dims: StageDims) -> Stages:
+        """The pipeline of a decode step; a method that is not index -> score -> top-k -> attend brings its own."""
+        from vllm_ext.attention_backends.stages import Stages
+
+        return Stages(self, dims)
 
     def engine_args(self) -> dict[str, Any]:
         """Stock vLLM engine arguments that this plugin needs."""

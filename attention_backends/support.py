@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from vllm_ext.attention_backends.stages import StageDims
+
 MAX_QUERY_TOKENS = 8
 """Most query tokens of one request in a sparse decode step (1 + speculated tokens)."""
 
@@ -89,6 +91,30 @@ def stock_reason(impl: Any) -> str | None:
     return None
 
 
+def stage_dims(
+    cfg: VllmConfig, layer_names: list[str], spec: AttentionSpec, num_heads: int, query_len: int | None, device: Any
+) -> StageDims:
+    """Sizes of the stages of the sparse layers `layer_names`; query_len: most query tokens of a decode row."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from vllm_ext.attention_backends.stages import StageDims
+
+    return StageDims(
+        num_heads=num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        max_requests=cfg.scheduler_config.max_num_seqs,
+        max_model_len=cfg.model_config.max_model_len,
+        max_query_len=query_len or 1,
+        device=device,
+        dtype=spec.dtype,
+        layers=tuple(sorted(extract_layer_index(name) for name in layer_names)),
+        tp_rank=cfg.parallel_config.rank % cfg.parallel_config.tensor_parallel_size,
+        tp_size=cfg.parallel_config.tensor_parallel_size,
+        vllm_config=cfg,
+    )
+
+
 def mark_layers(vllm_config: VllmConfig, layer_names: list[str], method: SparseMethod) -> list[str]:
     """Set `impl.method` on the layers of a group that run sparse; returns their names in model order."""
     from vllm.config import get_layers_from_vllm_config
@@ -101,6 +127,7 @@ def mark_layers(vllm_config: VllmConfig, layer_names: list[str], method: SparseM
         reason = stock_reason(layer.impl)
         dense = extract_layer_index(name) in method.dense_layers or reason is not None
         layer.impl.method = None if dense else method
+        layer.impl.layer_number = extract_layer_index(name)
         if not dense:
             sparse.append(name)
         if reason:

@@ -168,7 +168,7 @@ def sparse_attention(
 
     Args:
         q: [m, Hq, D]; pages: [N] physical pages; n: keys in the cache.
-        ids: [H, c] logical pages, or None for every page.
+        ids: [H, c] logical pages, -1 = no entry, or None for every page.
         log_weight: [H, c] fp32 added to every logit of an entry (importance weights), or None.
         row_mask: [H, c] int32, bit t set = query token t may read the entry, or None.
 
@@ -180,13 +180,14 @@ def sparse_attention(
     g = hq // heads
     if ids is None:
         ids = torch.arange(pages.numel(), device=q.device).expand(heads, -1)
-    ids = ids.long()
+    unused, ids = ids < 0, ids.long().clamp(min=0)
     head = torch.arange(heads, device=q.device)[:, None]
     keys = k_cache[pages[ids], head].float().flatten(1, 2)  # [H, c * P, D]
     values = v_cache[pages[ids], head].float().flatten(1, 2)
     logits = torch.bmm(grouped(q, heads), keys.transpose(1, 2)) * scale
     position = (ids[:, :, None] * page + torch.arange(page, device=q.device)).flatten(1)
     hidden = position[:, None, :] >= causal_limit(m, g, n, q.device)[None, :, None]
+    hidden = hidden | unused.repeat_interleave(page, 1)[:, None, :]
     if row_mask is not None:
         token = torch.arange(m, device=q.device).repeat_interleave(g)
         bit = (row_mask[:, None, :].long() >> token[None, :, None]) & 1
@@ -215,54 +216,3 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     total = weight.sum(0)
     out = (weight[..., None] * outputs.float()).sum(0) / total.clamp(min=1e-30)[..., None]
     return out, top + total.log()
-
-
-# ------------------------------------------------------------------------------------------- whole step
-def sparse_decode_step(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    index: Tensor | None,
-    block_table: Tensor,
-    seq_lens: list[int],
-    query_start: list[int],
-    *,
-    scale: float,
-    score: str,
-    group: str,
-    radius: float = 1.0,
-    capacity: int,
-    sink: int,
-    local: int,
-    dense: list[bool],
-    out: Tensor,
-) -> list[tuple[int, int, int]]:
-    """Score, select and attend for a decode batch, written into `out` [T, Hq, D].
-
-    Args:
-        dense: per request, True = read every key.
-
-    Returns:
-        per request (pages scored, pages selected, keys read), summed over KV heads; the empty tail of the last page
-        is no key. A dense request scores and selects nothing.
-    """
-    page, heads = k_cache.shape[2], k_cache.shape[1]
-    report = []
-    for r, n in enumerate(seq_lens):
-        rows = slice(query_start[r], query_start[r + 1])
-        if n == 0 or rows.start == rows.stop:
-            report.append((0, 0, 0))
-            continue
-        pages = block_table[r, : page_count(n, page)].long()
-        ids, m = None, rows.stop - rows.start
-        if not dense[r]:
-            s = page_scores(q[rows], k_cache, index, pages, n, scale, score, group, radius)
-            ids = select_pages(s, n, m, page, capacity, sink, local)
-        out[rows] = sparse_attention(q[rows], k_cache, v_cache, pages, ids, n, scale)[0]
-        if ids is None:
-            report.append((0, 0, heads * n))
-        else:
-            keys = ids.numel() * page - heads * (pages.numel() * page - n)
-            scored = heads * pages.numel() if score in ("bound", "dot", "exact") else 0
-            report.append((scored, ids.numel(), keys))
-    return report

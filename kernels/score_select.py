@@ -23,6 +23,8 @@ TILE = 64
 """Pages scored at once."""
 PROGRAMS = 1056
 """Programs of a launch: eight for each of the 132 SMs of an H100."""
+STATS = 8
+"""Counters on the device, in the order of `vllm_ext.metrics.NAMES`."""
 MAX_PAGES = 16384
 """Longest request, in pages: one program holds all scores of a head when it selects."""
 
@@ -267,9 +269,17 @@ class SelectBuffers:
 
     @classmethod
     def allocate(
-        cls, requests: int, heads: int, rows: int, pages: int, capacity: int, group: str, device: torch.device | str
+        cls,
+        requests: int,
+        heads: int,
+        rows: int,
+        pages: int,
+        capacity: int,
+        group: str,
+        device: torch.device | str,
+        stats: Tensor | None = None,
     ) -> SelectBuffers:
-        """Room for `requests` requests of `pages` pages with `rows` query rows a KV head."""
+        """Room for `requests` requests of `pages` pages with `rows` query rows a KV head; counts into `stats`."""
         kept_rows = rows if group == "softmax" else 1
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -281,7 +291,7 @@ class SelectBuffers:
             zeros(requests, heads, capacity),
             zeros(requests, heads),
             zeros(requests, heads),
-            zeros(6, dtype=torch.int64),
+            zeros(STATS, dtype=torch.int64) if stats is None else stats,
         )
 
 
@@ -338,7 +348,7 @@ def score_select(
         ind.stride(0), ind.stride(1),
         H=heads, G=g, ROWS=padded_rows(max_query_len, g), D=d, DP=triton.next_power_of_2(d), P=page,
         TILE=TILE, NB=triton.next_power_of_2(max(np_cap, capacity)), SCORE=SCORES[score], GROUP=GROUPS[group],
-        KIND=KINDS[index_kind] if index is not None else -1, SC_ROWS=buffers.scores.shape[2],
+        KIND=KINDS.get(index_kind, -1) if index is not None else -1, SC_ROWS=buffers.scores.shape[2],
         num_warps=num_warps,
     )  # fmt: skip
     return buffers.ids[:requests], buffers.pages[:requests], buffers.counts[:requests]

@@ -1,1 +1,1 @@
-"""KV-cache managers: eviction and retrieval engines (none yet)."""
+"""KV-cache managers: eviction that frees blocks; one engine, one file a method."""

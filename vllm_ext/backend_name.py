@@ -1,4 +1,4 @@
-"""Makes our attention backend known to vLLM under its own name, in every process and on every platform."""
+"""Makes our attention backends known to vLLM under their own names, in every process and on every platform."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import copyreg
 from collections.abc import Callable
 from typing import Any
 
-from vllm_ext.attention_backends.method import BACKEND_NAME
+from vllm_ext.attention_backends.method import BACKEND_NAME as SPARSE
+from vllm_ext.kv_managers.method import BACKEND_NAME as EVICTION
 
 PATHS = {
-    "cuda": "vllm_ext.attention_backends.cuda_backend.SparseFlashBackend",
-    "cpu": "vllm_ext.attention_backends.cpu_backend.SparseCPUBackend",
+    SPARSE: {
+        "cuda": "vllm_ext.attention_backends.cuda_backend.SparseFlashBackend",
+        "cpu": "vllm_ext.attention_backends.cpu_backend.SparseCPUBackend",
+    },
+    EVICTION: {
+        "cuda": "vllm_ext.kv_managers.cuda_backend.EvictionFlashBackend",
+        "cpu": "vllm_ext.kv_managers.cpu_backend.EvictionCPUBackend",
+    },
 }
-"""Class of the backend on each platform; imported when an engine selects it."""
+"""Name -> platform -> class of the backend; imported when an engine selects it."""
 
 Undo = Callable[[], None]
 
@@ -29,13 +36,13 @@ def restore(name: str, path: str) -> Any:
 def _reduce(member: Any) -> Any:
     # vLLM pickles an added member by value inside VllmConfig. A spawned engine unpickles that before it loads
     # plugins and would not know the value, so ours carries the function that registers it.
-    if member.name == BACKEND_NAME:
+    if member.name in PATHS:
         return restore, (member.name, member.value)
     return member.__reduce_ex__(2)
 
 
 def install(platform: str) -> list[Undo]:
-    """Register the name; idempotent.
+    """Register the names; idempotent.
 
     Args:
         platform: "cuda" or "cpu".
@@ -45,7 +52,8 @@ def install(platform: str) -> list[Undo]:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    restore(BACKEND_NAME, PATHS[platform])
+    for name, paths in PATHS.items():
+        restore(name, paths[platform])
     copyreg.pickle(AttentionBackendEnum, _reduce)
     undo: list[Undo] = [lambda: copyreg.dispatch_table.pop(AttentionBackendEnum, None)]  # type: ignore[list-item]
     return undo + (_honour_on_cpu() if platform == "cpu" else [])
@@ -57,12 +65,14 @@ def _honour_on_cpu() -> list[Undo]:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     cls: Any = type(current_platform)
-    member, original, before = AttentionBackendEnum[BACKEND_NAME], cls.get_attn_backend_cls, vars(cls)
+    members = [AttentionBackendEnum[name] for name in PATHS]
+    original, before = cls.get_attn_backend_cls, vars(cls)
 
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> Any:
-        if selected_backend is not member:
+        member = selected_backend
+        if member not in members:
             return original(selected_backend, attn_selector_config, num_heads)
         reasons = member.get_class().validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:

@@ -18,6 +18,10 @@ from vllm_ext.options import ConfigError, did_you_mean
 PATH = Path(__file__).with_name("plugins.yaml")
 _REQUIRED = ("kind", "summary", "paper", "class", "training")
 _OPTIONAL = ("conflicts", "evidence")
+EXCLUSIVE = ("attention", "kv", "drafter", "verifier", "length")
+"""Kinds of which one plugin can be on at a time: each conflicts with the others, without saying so."""
+_SLOT = {"kv": "attention"}
+"""Kinds that also exclude another kind: KV managers bring an attention backend of their own."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,11 @@ def load(path: Path = PATH) -> dict[str, Plugin]:
                 raise ConfigError(
                     f"plugins.yaml: '{plugin.name}' conflicts with '{other}', but not the other way round."
                 )
+    for name, plugin in plugins.items():
+        if plugin.kind in EXCLUSIVE:
+            slot = _SLOT.get(plugin.kind, plugin.kind)
+            same = [n for n, p in plugins.items() if _SLOT.get(p.kind, p.kind) == slot and n != name]
+            plugins[name] = dataclasses.replace(plugin, conflicts=tuple(dict.fromkeys([*plugin.conflicts, *same])))
     return plugins
 
 

@@ -59,7 +59,9 @@ def expand(names: Sequence[str], given: Mapping[str, Any] | None = None) -> Expa
     owner: dict[str, str] = {}
     for name, plugin in plugins.items():
         for arg, value in plugin.engine_args().items():
-            if engine_args.get(arg, value) != value:
+            if isinstance(value, Mapping) and agrees(engine_args.get(arg, {}), value):
+                value = override(engine_args.get(arg, {}), value)
+            elif engine_args.get(arg, value) != value:
                 raise options.ConfigError(
                     f"plugins '{owner[arg]}' and '{name}' need different {arg} ({engine_args[arg]} and {value}); "
                     "select one of them, or change its options so that they agree."
@@ -152,6 +154,11 @@ def override(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = override(merged[key], value) if both else value
     return merged
+
+
+def agrees(actual: Any, needed: Any) -> bool:
+    """Whether no key that both mappings have differs."""
+    return isinstance(actual, Mapping) and all(actual.get(key, value) == value for key, value in needed.items())
 
 
 def flag_tokens(name: str, value: Any) -> list[str]:

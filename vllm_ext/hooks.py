@@ -76,6 +76,10 @@ _GLUE = (
     ),
 )
 
+_WORKERS = (
+    _row(sets, "vllm.v1.worker.worker_base:WorkerBase", "plugin.attach in each worker", ["vllm_config", "rank"]),
+)
+
 _CONFIG = (
     _row(
         has,
@@ -229,7 +233,7 @@ _ON_CUDA = (
     ),
 )
 
-TABLE: tuple[Hook, ...] = (*_GLUE, *_CONFIG, *_ATTENTION, *_ON_CPU, *_ON_CUDA)
+TABLE: tuple[Hook, ...] = (*_GLUE, *_WORKERS, *_CONFIG, *_ATTENTION, *_ON_CPU, *_ON_CUDA)
 """All rows; those of another platform are never probed."""
 
 

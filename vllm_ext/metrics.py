@@ -1,7 +1,7 @@
 """Counters of the workers, visible as `vllm_ext:*` at the server's `/metrics`.
 
 The workers live in other processes than the HTTP server. Each worker writes its totals to a small file of its own
-(`<temporary directory>/vllm-ext-<user>/<engine instance>-<rank>-<pid>`, 7 little-endian 64-bit integers); a Prometheus
+(`<temporary directory>/vllm-ext-<user>/<engine instance>-<rank>-<pid>`, 9 little-endian 64-bit integers); a Prometheus
 collector in the server process sums the files of its engine at scrape time. With several API servers vLLM switches
 prometheus_client to its multi-process mode; then the workers use that instead.
 """
@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NAMES = ("keys_read", "keys_visible", "pages_scored", "pages_read", "sparse_steps", "dense_steps")
+NAMES = (
+    "keys_read", "keys_visible", "pages_scored", "pages_read", "sparse_steps", "dense_steps", "select_bytes",
+    "capped_rows",
+)  # fmt: skip
 HELP = {
     "keys_read": "keys read in decode steps, summed over sparse layers and KV heads",
     "keys_visible": "keys a dense decode step would have read, summed over sparse layers and KV heads",
@@ -29,32 +32,28 @@ HELP = {
     "pages_read": "pages read by sparse decode steps, summed over sparse layers and KV heads",
     "sparse_steps": "decode steps of a request that read a selection",
     "dense_steps": "decode steps of a request that read every key",
+    "select_bytes": "bytes read to choose (page index, sampled keys), summed over sparse layers and KV heads",
+    "capped_rows": "selections that a limit of the method cut short, summed over sparse layers and KV heads",
 }
 DENSITY_HELP = "keys read / keys visible in all decode steps so far"
-_FORMAT = struct.Struct("<6qq")
+_FORMAT = struct.Struct(f"<{len(NAMES)}qq")
 
 
 @dataclass
 class Counters:
-    """Totals since the engine started. `scale` = sparse layers x KV heads: how often one step is counted."""
+    """Totals since the engine started, over layers and KV heads.
+
+    `scale`: sparse layers x KV heads, how often one step is counted. `page_bytes`: read to score a page for a KV head.
+    """
 
     scale: int = 1
+    page_bytes: int = 0
     values: list[int] = field(default_factory=lambda: [0] * len(NAMES))
-
-    def add_sparse(self, read: int, visible: int, scored: int, pages: int, heads: int) -> None:
-        """One sparse decode step of one request in one layer; keys and pages summed over `heads` KV heads."""
-        for i, x in enumerate((read, visible, scored, pages, heads)):
-            self.values[i] += x
-
-    def add_dense(self, visible: int, heads: int) -> None:
-        """One dense decode step of one request in one layer."""
-        for i, x in ((0, visible), (1, visible), (5, heads)):
-            self.values[i] += x
 
     def totals(self) -> list[int]:
         """The values in the order of NAMES, steps counted once per request and step."""
         v = list(self.values)
-        return [*v[:4], v[4] // self.scale, v[5] // self.scale]
+        return [*v[:4], v[4] // self.scale, v[5] // self.scale, v[6] + v[2] * self.page_bytes, v[7]]
 
 
 def _folder() -> Path:
@@ -107,7 +106,7 @@ class _Sink:
             return
         self._parts[group] = totals
         columns = list(zip(*self._parts.values()))
-        merged = [sum(c) for c in columns[:4]] + [max(c) for c in columns[4:]]
+        merged = [max(c) if name.endswith("_steps") else sum(c) for name, c in zip(NAMES, columns)]
         before, self._last = self._last, merged
         if self._prometheus is not None:
             for counter, new, old in zip(self._prometheus, merged, before):

@@ -74,7 +74,7 @@ def _coerce(annotation: Any, value: Any) -> Any:
             return None
         raise TypeError
     if origin is tuple:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = (value,)
         if isinstance(value, str):
             value = [int(v) if v.strip().lstrip("-").isdigit() else v for v in value.split(",")]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_ext import command_line, config
-from vllm_ext.attention_backends.method import BACKEND_NAME
+from vllm_ext.backend_name import PATHS as BACKENDS
 from vllm_ext.options import ConfigError
 
 _state: Literal["new", "busy", "active", "declined"] = "new"
@@ -64,7 +64,7 @@ def _log() -> Any:
 
 def _install() -> str:
     """Probe vLLM, then rebind; returns why not, or "". Takes back what was rebound if something fails on the way."""
-    from vllm_ext import backend_name, hooks
+    from vllm_ext import backend_name, hooks, workers
 
     if reason := hooks.refusal():
         return reason
@@ -73,6 +73,7 @@ def _install() -> str:
         from vllm.engine.arg_utils import EngineArgs
 
         undo += backend_name.install(hooks.platform_name())
+        undo += workers.install(load=False)
         for name, wrap in (
             ("add_cli_args", _wrap_add_cli_args),
             ("__post_init__", _wrap_post_init),
@@ -159,7 +160,7 @@ def _concerns_us(engine_args: Any) -> bool:
     """Whether engine arguments select plugins, or our backend without one; cheap, since stock engines ask too."""
     additional = engine_args.additional_config
     return (isinstance(additional, Mapping) and config.SECTION in additional) or (
-        _name(engine_args.attention_backend) == BACKEND_NAME
+        _name(engine_args.attention_backend) in BACKENDS
     )
 
 
@@ -171,15 +172,20 @@ def _name(value: Any) -> str:
 def _selected(engine_args: Any) -> dict[str, Any]:
     """The plugins that engine arguments select, after all checks that need no VllmConfig."""
     plugins = config.from_additional(engine_args.additional_config)
-    if not plugins and _name(engine_args.attention_backend) == BACKEND_NAME:
+    backend = _name(engine_args.attention_backend)
+    if not plugins and backend in BACKENDS:
         raise ConfigError(
-            f"attention_backend={BACKEND_NAME} needs a plugin; select one with --plugins, e.g. --plugins quest."
+            f"attention_backend={backend} needs a plugin; select one with --plugins, e.g. --plugins quest."
         )
     for name, plugin in plugins.items():
+        if hasattr(plugin, "early"):
+            plugin.early(engine_args)
         for arg, value in plugin.engine_args().items():
             actual = getattr(engine_args, arg)
             if arg == "attention_backend" and actual is None:
                 actual = _attention_config_backend(engine_args)
+            if isinstance(value, Mapping) and actual and config.agrees(actual, value):
+                continue
             if _name(actual) != _name(value):
                 raise ConfigError(
                     f"plugin '{name}' needs {arg}={value}, but it is {_name(actual)}; use --plugins {name}, or "
@@ -242,8 +248,10 @@ def _announce(plugins: Mapping[str, Any], vllm_config: Any) -> None:
     """Banner (once: not in the API server processes that the main process starts) and metrics of a new engine."""
     if not plugins:
         return
-    from vllm_ext import banner, metrics
+    from vllm_ext import banner, metrics, workers
 
+    if any(hasattr(plugin, "attach") for plugin in plugins.values()):
+        workers.install(load=True)
     if multiprocessing.parent_process() is None:
         banner.print_banner(plugins, vllm_config)
     metrics.install_collector(vllm_config)

@@ -56,6 +56,11 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
     ):  # fmt: skip
         name = f"select D{d} P{page} G{g} N{pages} score {score} group {group}"
         found[name] = ("select", select(d, page, g, pages, score, group, kind), 3)
+    found["window records"] = ("records", {"P": 64, "D": 128}, 3)
+    for g in (4, 16):
+        sizes = {"H": 8, "G": g, "ROWS": 16, "D": 128, "DP": 128, "P": 64, "TILE": 64}
+        found[f"window coarse G{g}"] = ("coarse", sizes, 3)
+        found[f"window fine G{g}"] = ("fine", {**sizes, "NB": 2048, "WB": 32}, 3)
     return found
 
 
@@ -80,10 +85,11 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_ext.kernels import index_update, score_select, sparse_decode
+from vllm_ext.kernels import index_update, score_select, sparse_decode, window_select
 
 KERNELS = {
-    "index": index_update._update_index, "select": score_select._score_select, "decode": sparse_decode._sparse_decode
+    "index": index_update._update_index, "select": score_select._score_select, "decode": sparse_decode._sparse_decode,
+    "records": window_select._update_windows, "coarse": window_select._coarse, "fine": window_select._fine_select,
 }
 POINTERS = {
     "Q": "bf16", "K": "bf16", "V": "bf16", "INDEX": "bf16", "OUT": "bf16", "SLOTS": "i64", "STATS": "i64",

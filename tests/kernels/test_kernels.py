@@ -162,7 +162,7 @@ def test_dense_requests_and_counters() -> None:
     _, counts, buf = run_select(p, "bound", "max", capacity=4, dense_limit=64)
     assert counts.tolist() == [[4, 4], [-1, -1], [4, 4]]
     read = 2 * ((64 - (112 - 100)) + 60 + (64 - (208 - 200)))
-    assert buf.stats.tolist() == [read, 2 * 360, 2 * (7 + 13), 2 * 8, 4, 2]
+    assert buf.stats.tolist() == [read, 2 * 360, 2 * (7 + 13), 2 * 8, 4, 2, 0, 0]
 
 
 def test_score_select_completes_the_index() -> None:
@@ -180,6 +180,8 @@ def test_score_select_completes_the_index() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_sparse_decode_equals_reference(name: str, dtype: torch.dtype) -> None:
     lens, queries, h, g, d, page, layout = SHAPES[name]
+    if DEVICE == "cuda" and dtype == torch.float32:  # no engine runs it there: 128 x 256 in fp32 exceeds shared memory
+        page = min(page, 64)
     p = make(lens, queries, h, g, d, page, dtype=dtype, layout=layout)
     fill_index(p, "minmax")
     for capacity, limit in ((5, 0), (5, 10**6)):  # lists; every request dense

@@ -14,5 +14,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in ("list", "doctor", "args", "model", "demo", "eval", "bench"):
+for _command in ("list", "doctor", "args", "model", "demo", "eval", "kv_error", "bench", "moe", "train"):
     importlib.import_module(f"vllm_ext.cli.{_command}_cmd").register(app)

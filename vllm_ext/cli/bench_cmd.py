@@ -7,12 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import bench_spec_cmd
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    from vllm_ext.cli.bench_moe_cmd import moe
+
     bench = typer.Typer(help="Speed beside stock vLLM, with spread and the byte floor.", no_args_is_help=True)
     bench.command("decode")(decode)
     bench.command("kernels")(kernels)
+    bench.command("spec")(bench_spec_cmd.spec)
+    bench.command("moe")(moe)
     app.add_typer(bench, name="bench")
 
 

@@ -137,10 +137,10 @@ def _plugin_problem(entry: Any, device: str) -> str:
 
     try:
         args = config.expand([entry.name]).stock_args
-        if args.get("attention_backend") == backend_name.BACKEND_NAME:
-            if device not in backend_name.PATHS:
+        if paths := backend_name.PATHS.get(args.get("attention_backend", "")):
+            if device not in paths:
                 return f"there is no attention backend for the platform '{device}'."
-            module, _, cls = backend_name.PATHS[device].rpartition(".")
+            module, _, cls = paths[device].rpartition(".")
             hooks.resolve(f"{module}:{cls}")
     except Exception as error:  # a broken module may raise anything: the report shows it
         return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"

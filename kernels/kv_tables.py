@@ -1,0 +1,54 @@
+"""Block tables of the resident slots, and the queries that will score them: the per-step work of the eviction engine."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _shift(TABLE, STARTS, LENS, OUT, OUT_LENS, width, t_row, o_row, P: tl.constexpr, TN: tl.constexpr):
+    r = tl.program_id(0)
+    start = tl.load(STARTS + r)
+    n = tl.maximum(tl.load(LENS + r) - start, 0)
+    at = tl.program_id(1) * TN + tl.arange(0, TN)
+    ok = (at * P < n) & (at + start // P < width)
+    page = tl.load(TABLE + r.to(tl.int64) * t_row + start // P + at, mask=ok, other=0)
+    tl.store(OUT + r.to(tl.int64) * o_row + at, page, mask=ok)
+    if tl.program_id(1) == 0:
+        tl.store(OUT_LENS + r, n)
+
+
+def shift_tables(table: Tensor, starts: Tensor, lens: Tensor, out: Tensor, out_lens: Tensor, block: int) -> None:
+    """Block tables and lengths from each row's first resident slot on; entries behind a row's length are not written.
+
+    Args:
+        table, out: [R, width] int32; starts, lens, out_lens: [R] int32; starts are multiples of `block`.
+    """
+    rows, width = table.shape
+    if rows:
+        _shift[(rows, triton.cdiv(width, 1024))](
+            table, starts, lens, out, out_lens, width, table.stride(0), out.stride(0), P=block, TN=1024
+        )
+
+
+@triton.jit(do_not_specialize=["q_tok"])
+def _record(QUERY, PLACES, RING, q_tok, width, TN: tl.constexpr):
+    place = tl.load(PLACES + tl.program_id(0)).to(tl.int64)
+    if place >= 0:
+        at = tl.program_id(1) * TN + tl.arange(0, TN)
+        ok = at < width
+        x = tl.load(QUERY + tl.program_id(0).to(tl.int64) * q_tok + at, mask=ok)
+        tl.store(RING + place * width + at, x, mask=ok)
+
+
+def record_queries(query: Tensor, places: Tensor, ring: Tensor) -> None:
+    """Copy the queries of the tokens that have a place; most have none and leave at once.
+
+    Args:
+        query: [T, Hq, D]; places: [T] int32, a row of the flattened ring or -1; ring: [slots, w, Hq, D].
+    """
+    width = query.shape[1] * query.shape[2]
+    if places.shape[0]:
+        _record[(places.shape[0], triton.cdiv(width, 1024))](query, places, ring, query.stride(0), width, TN=1024)

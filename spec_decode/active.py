@@ -1,0 +1,63 @@
+"""The speculation plugins of an engine, by the part that they fill; what a worker publishes of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_ext import config
+from vllm_ext.spec_decode.method import DrafterMethod, LengthMethod, SpecMethod, VerifierMethod
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_ext.spec_decode.tables import LookupDrafter
+
+TENANT = "vllm_ext_tenant"
+"""Key in `SamplingParams.extra_args`: whose text a request is; the engine sets it to the request's cache salt."""
+
+
+def methods(vllm_config: VllmConfig) -> dict[str, SpecMethod]:
+    """The selected speculation plugins, part -> plugin."""
+    plugins = config.from_additional(vllm_config.additional_config).values()
+    return {p.part: p for p in plugins if isinstance(p, SpecMethod)}
+
+
+def drafter(vllm_config: VllmConfig) -> DrafterMethod | None:
+    """The drafter, or None."""
+    found = methods(vllm_config).get("drafter")
+    return found if isinstance(found, DrafterMethod) else None
+
+
+def verifier(vllm_config: VllmConfig) -> VerifierMethod | None:
+    """The verification rule, or None for vLLM's own."""
+    found = methods(vllm_config).get("verifier")
+    return found if isinstance(found, VerifierMethod) else None
+
+
+def length(vllm_config: VllmConfig) -> LengthMethod | None:
+    """The policy of draft lengths, or None for a fixed length."""
+    found = methods(vllm_config).get("length")
+    return found if isinstance(found, LengthMethod) else None
+
+
+def tenant(sampling_params: Any) -> str | None:
+    """The tenant of a request, or None."""
+    extra = getattr(sampling_params, "extra_args", None) or {}
+    found = extra.get(TENANT)
+    return None if found is None else str(found)
+
+
+class SpecCounters:
+    """What a worker publishes of its look-up drafters, by arm."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        from vllm_ext.spec_metrics import Publisher
+
+        rule = verifier(vllm_config)
+        self._publisher = Publisher(vllm_config, rule.name if rule else "standard")
+
+    def publish(self, drafter: LookupDrafter) -> None:
+        """Hand the totals on; cheap, so after every step."""
+        from vllm_ext.spec_decode.lookup import ARMS
+
+        self._publisher.publish(ARMS, drafter.counters, float(drafter.seconds[0]))

@@ -1,0 +1,60 @@
+"""HedgeSpec: no-regret choice among drafters that are all scored on every verified token (Liu et al., ICLR 2026)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vllm_ext.options import ConfigError, did_you_mean, option
+from vllm_ext.spec_decode.method import DrafterMethod
+
+ARMS = ("longest", "first", "ngram", "shared")
+
+
+@dataclass(frozen=True)
+class HedgeSpec(DrafterMethod):
+    """NormalHedge over the look-up drafters; the one with the largest weight drafts.
+
+    A look-up drafter is scored for free: would it have drafted the token that was verified? `longest` continues the longest
+    suffix at its most recent occurrence, `first` at its first, `ngram` a suffix of at most `ngram` tokens, `shared` draws on
+    the finished outputs of the tenant.
+    """
+
+    name: ClassVar[str] = "hedge_spec"
+
+    drafters: tuple[str, ...] = option(["longest", "first", "ngram"], "drafters to choose from: longest, first, ngram, shared")
+    scope: str = option("request", "whose record counts when a request begins", choices=("request", "tenant"))
+    ngram: int = option(3, "longest suffix that the drafter `ngram` looks up", unit="tokens", minimum=1, maximum=64)
+    min_match: int = option(1, "shortest suffix that is continued", unit="tokens", minimum=1, maximum=1024)
+    window: int = option(
+        32768, "tokens of a request that are remembered, about 130 bytes each", unit="tokens", minimum=256
+    )
+    shared: int = option(
+        1_000_000, "tokens of finished outputs that the drafter `shared` draws on", unit="tokens", minimum=1024
+    )
+
+    def __post_init__(self) -> None:
+        for arm in self.drafters:
+            if arm not in ARMS:
+                raise ConfigError(f"hedge_spec.drafters has no '{arm}'{did_you_mean(arm, ARMS)}")
+        if len(set(self.drafters)) < 2 or len(set(self.drafters)) < len(self.drafters):
+            raise ConfigError("hedge_spec.drafters must name at least two drafters, each once; add or remove one.")
+
+    def engine_args(self) -> dict[str, Any]:
+        tenants = {"scheduler_cls": "vllm_ext.spec_decode.scheduler.SpeculationScheduler"}
+        return super().engine_args() | (tenants if "shared" in self.drafters or self.scope == "tenant" else {})
+
+    def lookup(self, requests: int, max_model_len: int) -> Any:
+        from vllm_ext.spec_decode.tables import LookupSettings
+
+        return LookupSettings(
+            drafts=self.num_speculative_tokens,
+            requests=requests,
+            window=min(self.window, max_model_len + 1),
+            shared=self.shared if "shared" in self.drafters else 0,
+            arms=self.drafters,
+            ngram=self.ngram,
+            handicap=0,
+            min_match=self.min_match,
+            hedge=self.scope,
+        )

@@ -1,0 +1,128 @@
+"""What a speculation plugin declares: options, and which part of a step it fills. Imports neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vllm_ext.options import option
+
+if TYPE_CHECKING:
+    from vllm_ext.spec_decode.protocols import LengthPolicy, Verifier
+    from vllm_ext.spec_decode.tables import LookupSettings
+
+
+@dataclass(frozen=True)
+class SpecMethod:
+    """Base of all speculation plugins. `part` says what it fills; at most one plugin of each part is on."""
+
+    name: ClassVar[str]
+    part: ClassVar[Literal["drafter", "verifier", "length", "selector"]]
+
+    def engine_args(self) -> dict[str, Any]:
+        """Stock vLLM engine arguments that this plugin needs."""
+        return {}
+
+    def attach(self, worker: Any) -> None:
+        """Enter a worker process, before its model runner is made."""
+        from vllm_ext.spec_decode.glue import attach
+
+        attach(worker.vllm_config)
+
+    def check(self, vllm_config: Any) -> None:
+        """Refuse a configuration that the method cannot serve: ConfigError, one sentence with option and remedy."""
+        from vllm_ext.spec_decode.limits import check
+
+        check(self, vllm_config)
+
+    def banner(self, vllm_config: Any) -> dict[str, str]:
+        """What the start-up banner says of this plugin, label -> text."""
+        from vllm_ext.spec_decode.limits import banner
+
+        return banner(self, vllm_config)
+
+    def options(self) -> dict[str, Any]:
+        """The options as a plain mapping (JSON types)."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class VerifierMethod(SpecMethod):
+    """A verification rule."""
+
+    part: ClassVar[Literal["verifier"]] = "verifier"
+    lossless: ClassVar[bool] = True
+    needs_draft_law: ClassVar[bool] = False
+    runners: ClassVar[tuple[str, ...]] = ("v1", "v2")
+
+    def verifier(self, vocab_size: int, device: Any) -> Verifier:
+        """The rule, made once per worker."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LengthMethod(SpecMethod):
+    """A policy of draft lengths."""
+
+    part: ClassVar[Literal["length"]] = "length"
+
+    lengths: tuple[int, ...] = option(
+        [0, 2, 4, 8], "draft counts to choose from, each captured as a graph; 0 is always one", unit="tokens", minimum=0
+    )
+
+    def choices(self, most: int) -> tuple[int, ...]:
+        """The draft counts to choose from, for a drafter of at most `most`; ascending, 0 among them."""
+        return tuple(sorted({0, *(min(n, most) for n in self.lengths)}))
+
+    def engine_args(self) -> dict[str, Any]:
+        """The scheduler that asks the policy, and every draft count in vLLM's schedule, so that it is captured."""
+        counts = sorted({0, *self.lengths})
+        ranges = [[i + 1, i + 1, n] for i, n in enumerate(counts)]
+        return {
+            "speculative_config": {"num_speculative_tokens_per_batch_size": ranges},
+            "scheduler_cls": "vllm_ext.spec_decode.scheduler.SpeculationScheduler",
+        }
+
+    def policy(self, vllm_config: Any) -> LengthPolicy:
+        """The policy, made once per scheduler.
+
+        Raises:
+            ConfigError: e.g. a cost table that cannot be read or is of another device or model.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DrafterMethod(SpecMethod):
+    """Proposes tokens."""
+
+    part: ClassVar[Literal["drafter"]] = "drafter"
+    runners: ClassVar[tuple[str, ...]] = ("v1", "v2")
+
+    num_speculative_tokens: int = option(
+        8, "most tokens drafted for a request in a step", unit="tokens", minimum=1, maximum=32
+    )
+
+    def engine_args(self) -> dict[str, Any]:
+        """The speculative_config that carries this drafter on the model runner that vLLM will use here."""
+        from vllm_ext.spec_decode.carrier import runner
+
+        return {"speculative_config": self.speculative_config(runner())}
+
+    def speculative_config(self, runner: str) -> dict[str, Any]:
+        """vLLM's speculative_config under model runner "v1" or "v2"."""
+        k = self.num_speculative_tokens
+        if runner == "v2":  # a method that V2 and async scheduling take and that needs no checkpoint
+            return {"method": "ngram_gpu", "num_speculative_tokens": k, "prompt_lookup_min": 1, "prompt_lookup_max": 1}
+        return {"method": "custom_class", "model": "vllm_ext.spec_decode.v1.Proposer", "num_speculative_tokens": k}
+
+    def speculator(self, vllm_config: Any, device: Any, req_states: Any) -> Any:
+        """vLLM's speculator of this drafter under model runner V2."""
+        from vllm_ext.spec_decode.v2 import LookupSpeculator
+
+        return LookupSpeculator(vllm_config, device, req_states)
+
+    def lookup(self, requests: int, max_model_len: int) -> LookupSettings | None:
+        """What the look-up part of the drafter needs; None if it has none."""
+        return None

@@ -1,0 +1,60 @@
+"""The router kernels equal their reference, ties and odd sizes included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_ext.kernels import reference_routing as reference
+from vllm_ext.kernels import route_topk
+
+SIZES = [(1, 8, 2), (13, 8, 2), (30, 64, 8), (5, 60, 4), (9, 128, 8), (3, 5, 5), (2, 256, 1), (2, 512, 10)]
+
+
+def inputs(tokens: int, experts: int, dtype: torch.dtype = torch.float32, wide: int = 1) -> torch.Tensor:
+    """Gaussian values rounded so that they tie now and then, rows `wide` times as far apart as they are long."""
+    x = torch.randn(tokens, experts * wide, generator=torch.Generator().manual_seed(experts + tokens))
+    return (x * 16).round().div(16).to(dtype)[:, :experts]
+
+
+def same(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], experts: int) -> None:
+    """Equal weights column by column, and equal experts up to ties in the weights."""
+    assert torch.allclose(got[0], want[0], atol=1e-6, rtol=1e-5)
+    assert torch.equal(got[1] < 0, want[1] < 0)
+    for weights, ids in (got, want):
+        assert bool((weights[ids < 0] == 0).all())
+        kept = [row[row >= 0] for row in ids]
+        assert all(len(set(r.tolist())) == len(r) and (not len(r) or int(r.max()) < experts) for r in kept)
+
+
+@pytest.mark.parametrize("sum_to_one", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), SIZES)
+def test_kern(tokens: int, experts: int, top_k: int, sum_to_one: bool) -> None:
+    for logits in (inputs(tokens, experts), inputs(tokens, experts, torch.float16, 2), -inputs(tokens, experts).abs()):
+        got = route_topk.kern(logits, top_k, 1.5, 1e-6, sum_to_one)
+        same(got, reference.kern(logits, top_k, 1.5, 1e-6, sum_to_one), experts)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), SIZES)
+def test_dirmoe(tokens: int, experts: int, top_k: int, heads: bool, threshold: float | None) -> None:
+    logits = inputs(tokens, experts)
+    raw = inputs(tokens, 2 * experts, wide=2) if heads else None
+    high, low = (torch.nn.functional.softplus(raw) + 0.01).chunk(2, 1) if raw is not None else (9.0, 1.0)
+    got = route_topk.dirmoe(logits, top_k, 0.5, raw, 0.01, 9.0, threshold)
+    same(got, reference.dirmoe(logits, top_k, 0.5, high, low, threshold), experts)
+
+
+def test_ties_go_to_the_lower_expert_and_extremes_stay_finite() -> None:
+    flat = torch.ones(3, 8)
+    assert route_topk.kern(flat, 3)[1].tolist() == [[0, 1, 2]] * 3
+    assert route_topk.dirmoe(flat, 3, 1.0, None, 0.0, 9.0)[1].tolist() == [[0, 1, 2]] * 3
+    for extreme in (torch.full((2, 8), -80.0), torch.full((2, 8), 80.0), torch.eye(8)[:2] * 1e4):
+        for weights, _ in (route_topk.kern(extreme, 2), route_topk.dirmoe(extreme, 2, 0.1, None, 0.0, 9.0, 0.5)):
+            assert bool(torch.isfinite(weights).all())
+
+
+def test_no_tokens() -> None:
+    weights, ids = route_topk.kern(torch.zeros(0, 8), 2)
+    assert weights.shape == ids.shape == (0, 2)

@@ -1,0 +1,243 @@
+"""Speculation on real prompts: output tokens a second, acceptance and the drafter's share, beside stock vLLM.
+
+Greedy. A batch of B means that B requests are in flight until the prompts of the load run out. Every row serves the same
+prompts with its own engine in a process of its own; the first row does not speculate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ext.bench.spec_loads import LOADS, prompts
+from vllm_ext.evaluation.rows import Row, parse_row
+from vllm_ext.options import ConfigError
+
+STOCK = "vllm:"
+
+
+@dataclass(frozen=True)
+class SpecPlan:
+    """What to time.
+
+    Attributes:
+        model: directory of the target model.
+        loads: names of `spec_loads.LOADS`, served one after the other.
+        batches: requests in flight.
+        requests: prompts of a load, for each batch; at least the batch.
+        output: most tokens of an answer.
+        repeats: how often each load is timed; the median counts.
+        eager, memory, max_model_len: of the engine.
+        seed: of the prompts.
+    """
+
+    model: str
+    loads: tuple[str, ...] = tuple(LOADS)
+    batches: tuple[int, ...] = (1, 8, 32)
+    requests: int = 16
+    output: int = 192
+    repeats: int = 1
+    eager: bool = False
+    memory: float = 0.6
+    max_model_len: int = 4096
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ConfigError for loads that do not exist or numbers that time nothing."""
+        for load in self.loads:
+            if load not in LOADS:
+                raise ConfigError(f"--load '{load}' does not exist; known: {', '.join(LOADS)}.")
+        for name in ("requests", "output", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.batches or min(self.batches) < 1:
+            raise ConfigError("--batch must be at least 1.")
+
+
+def engine_args(row: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments of a row: plugins, or vLLM's own method as `vllm:METHOD,key=value`."""
+    if not row.startswith(STOCK):
+        return Row(row, options).engine_args()
+    return {"speculative_config": options}
+
+
+def parse_spec_row(text: str) -> Row:
+    """A row of the table; "none" does not speculate.
+
+    Raises:
+        ConfigError: malformed text.
+    """
+    if text == "none":
+        return Row("none")
+    if not text.startswith(STOCK):
+        return parse_row(text)
+    method, _, rest = text.removeprefix(STOCK).partition(",")
+    values = parse_row(f"vllm:{rest}").options["vllm"] if rest else {}
+    return Row(text, {"method": method, **values})
+
+
+def bench_spec(
+    plan: SpecPlan, rows: list[Row], on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None
+) -> list[dict[str, Any]]:
+    """Time every row; one JSON-ready result a row, with one cell a load and batch. A row that fails says why."""
+    from vllm_ext.evaluation.run import fresh_process
+
+    plan.check()
+    results: list[dict[str, Any]] = []
+    for row in rows:
+        job = {"plan": dataclasses.asdict(plan), "label": row.label, "options": row.options}
+        try:
+            result = fresh_process("vllm_ext.bench.spec:run_job", job)
+        except ConfigError as error:
+            result = {"label": row.label, "failed": str(error), "cells": []}
+        results.append(result)
+        _compare(result, results[0])
+        on_row(results)
+    return results
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Time one row in this process."""
+    from transformers import AutoTokenizer
+
+    from vllm_ext.evaluation.engine import engine, prepare_process
+    from vllm_ext.evaluation.run import describe
+
+    plan = SpecPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["plan"].items()})
+    prepare_process()
+    began = time.monotonic()
+    arguments = {
+        "max_model_len": plan.max_model_len,
+        "max_num_seqs": max(plan.batches),
+        "gpu_memory_utilization": plan.memory,
+        "enforce_eager": plan.eager,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "seed": plan.seed,
+    } | engine_args(job["label"], job["options"])
+    tokenizer = AutoTokenizer.from_pretrained(plan.model)
+    with engine(plan.model, arguments) as llm:
+        result = {"label": job["label"], "options": job["options"], "engine": describe(llm)}
+        result["engine"]["start_s"] = round(time.monotonic() - began, 1)
+        clock = _DraftClock(llm)
+        _serve(llm, prompts("chat", tokenizer, max(plan.batches), plan.seed + 99), max(plan.batches), 24)
+        result["cells"] = [
+            _cell(llm, plan, load, batch, prompts(load, tokenizer, max(plan.requests, batch), plan.seed), clock)
+            for load in plan.loads
+            for batch in plan.batches
+        ]
+    return result
+
+
+def _cell(
+    llm: Any, plan: SpecPlan, load: str, batch: int, texts: list[list[int]], clock: _DraftClock
+) -> dict[str, Any]:
+    """Serve one load and count."""
+    seconds, before = [], _counters(llm)
+    clock.reset()
+    for _ in range(plan.repeats):
+        taken, answers, steps = _serve(llm, texts, batch, plan.output)
+        seconds.append(taken)
+    drafts, drafted, accepted = (a - b for a, b in zip(_counters(llm), before))
+    tokens = sum(map(len, answers))
+    median = statistics.median(seconds)
+    return {
+        "load": load,
+        "batch": batch,
+        "prompt_tokens": sum(map(len, texts)),
+        "output_tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens / median,
+        "engine_steps": steps,
+        "drafts": drafts,
+        "drafted": drafted,
+        "accepted": accepted,
+        "acceptance_length": 1 + accepted / drafts if drafts else 1.0,
+        "draft_share": clock.seconds() / sum(seconds),
+        "draft_s_per_step": clock.seconds() / max(clock.count, 1),
+        "answers": answers,
+    }
+
+
+def _serve(llm: Any, texts: list[list[int]], batch: int, output: int) -> tuple[float, list[list[int]], int]:
+    """(seconds, answers in the order of the prompts, engine steps) with `batch` requests in flight."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=output, detokenize=False)
+    core, waiting, answers = llm.llm_engine, list(enumerate(texts)), {}
+    active = steps = 0
+    began = time.perf_counter()
+    while waiting or active:
+        while waiting and active < batch:
+            index, text = waiting.pop(0)
+            core.add_request(str(index), {"prompt_token_ids": text}, params)
+            active += 1
+        for done in core.step():
+            if done.finished:
+                answers[int(done.request_id)] = list(done.outputs[0].token_ids)
+                active -= 1
+        steps += 1
+    return time.perf_counter() - began, [answers[i] for i in range(len(texts))], steps
+
+
+def _counters(llm: Any) -> tuple[int, int, int]:
+    """vLLM's totals: drafts, drafted tokens, accepted tokens."""
+    found = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    return tuple(int(found.get(f"vllm:spec_decode_{n}", 0)) for n in names)  # type: ignore[return-value]
+
+
+class _DraftClock:
+    """Time between begin and end of the drafter's work in the stream (on a CPU: on the clock)."""
+
+    def __init__(self, llm: Any) -> None:
+        import torch
+
+        self.count, self._cuda, self._pairs, self._seconds = 0, torch.cuda.is_available(), [], 0.0
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+        if drafter is not None:
+            self._own = drafter.propose
+            drafter.propose = self._timed
+
+    def _timed(self, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        self.count += 1
+        if not self._cuda:
+            began = time.perf_counter()
+            result = self._own(*args, **kwargs)
+            self._seconds += time.perf_counter() - began
+            return result
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        result = self._own(*args, **kwargs)
+        pair[1].record()
+        self._pairs.append(pair)
+        return result
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.count, self._seconds = 0, 0.0
+        self._pairs.clear()
+
+    def seconds(self) -> float:
+        """Since `reset`."""
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
+        return self._seconds + sum(a.elapsed_time(b) for a, b in self._pairs) / 1e3
+
+
+def _compare(result: dict[str, Any], first: dict[str, Any]) -> None:
+    """Speed relative to the first row and share of equal answers; the answers themselves are left out afterwards."""
+    known = {(c["load"], c["batch"]): c for c in first["cells"]}
+    for cell in result["cells"]:
+        base = known.get((cell["load"], cell["batch"]))
+        if base is not None:
+            cell["ratio"] = cell["tokens_per_s"] / base["tokens_per_s"]
+            pairs = list(zip(cell["answers"], base["answers"]))
+            cell["equal_answers"] = sum(a == b for a, b in pairs) / len(pairs)

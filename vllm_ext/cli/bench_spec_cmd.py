@@ -1,0 +1,71 @@
+"""`vllm-ext bench spec`: speculation beside stock vLLM on real prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def spec(
+    model: Annotated[str, typer.Argument(help="directory of the target model")],
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a row: plugins ('suffix_automaton:num_speculative_tokens=6+hsd') or vLLM's own method "
+            "('vllm:ngram_gpu,num_speculative_tokens=4'); repeatable, no speculation is always first"
+        ),
+    ] = None,
+    load: Annotated[list[str] | None, typer.Option(help="edit, summary, chat, agent, mixed; repeatable")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="requests in flight; repeatable [default: 1 8 32]")] = None,
+    requests: Annotated[int, typer.Option(help="prompts of a load")] = 16,
+    output: Annotated[int, typer.Option(help="most tokens of an answer")] = 192,
+    repeats: Annotated[int, typer.Option(help="times that a load is served; the median counts")] = 1,
+    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
+    memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.6,
+    out: Annotated[Path | None, typer.Option(help="folder for spec.json")] = None,
+    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+) -> None:
+    """Tokens a second, acceptance length and the drafter's share: no speculation and every row, each its own engine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vllm_ext import records
+    from vllm_ext.bench.spec import SpecPlan, bench_spec, engine_args, parse_spec_row
+
+    plan = SpecPlan(
+        model=model,
+        loads=tuple(load or ("edit", "summary", "chat", "agent")),
+        batches=tuple(batch or (1, 8, 32)),
+        requests=requests,
+        output=output,
+        repeats=repeats,
+        eager=eager,
+        memory=memory,
+    )
+    plan.check()
+    rows = [parse_spec_row(text) for text in ["none", *(row or [])]]
+    for parsed in rows:
+        engine_args(parsed.label, parsed.options)  # a wrong plugin or option ends the command before any engine starts
+
+    def save(results: list[dict[str, Any]]) -> None:
+        if out is not None:
+            lean = [
+                r | {"cells": [{k: v for k, v in c.items() if k != "answers"} for c in r["cells"]]} for r in results
+            ]
+            settings = {"model": model, "loads": plan.loads, "batches": plan.batches, "requests": requests}
+            settings |= {"output": output, "repeats": repeats, "eager": eager}
+            records.save(records.record("bench spec", lean, commit=commit, settings=settings), out / "spec.json")
+
+    results = bench_spec(plan, rows, save)
+    table = Table(title="speculation, greedy")
+    for name in ("row", "load", "batch", "tokens/s", "ratio", "accept length", "draft share", "equal"):
+        table.add_column(name, justify="left" if name in ("row", "load") else "right")
+    for result in results:
+        for c in result["cells"]:
+            table.add_row(
+                result["label"], c["load"], str(c["batch"]), f"{c['tokens_per_s']:.0f}", f"{c['ratio']:.2f}",
+                f"{c['acceptance_length']:.2f}", f"{c['draft_share']:.1%}", f"{c['equal_answers']:.0%}",
+            )  # fmt: skip
+    Console(width=150).print(table)

@@ -1,0 +1,21 @@
+"""`vllm-ext train`: what a plugin learns from a model before it is served; one subcommand, one module `train_<name>`."""
+
+from __future__ import annotations
+
+import importlib
+
+import typer
+
+SUBCOMMANDS = ("seer", "lychee", "trim", "pard")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command and its subcommands to the application."""
+    train = typer.Typer(
+        help="Train what a plugin needs of a model: gates, head roles. Resumable; the model's weights stay as they are.",
+        no_args_is_help=True,
+        add_completion=False,
+    )
+    for name in SUBCOMMANDS:
+        importlib.import_module(f"vllm_ext.cli.train_{name}").register(train)
+    app.add_typer(train, name="train")
