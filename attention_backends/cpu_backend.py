@@ -134,33 +134,35 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any, output: torch.Tensor
     ) -> None:
         out = output.view(-1, self.num_heads, self.head_size)
-        meta.stages.reference_decode(*self._arguments(method, query, kv_cache, meta, True), out, self.scale)
+        batch = rows_of(meta, meta.sparse_rows, False)
+        meta.stages.reference_decode(*self._arguments(method, query, kv_cache), batch, out, self.scale)
 
     def _dense(self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any) -> None:
         """What the other rows owe to later sparse steps: the index."""
-        meta.stages.reference_index(*self._arguments(method, query, kv_cache, meta, False), self.scale)
+        decode = {*meta.sparse_rows, *meta.dense_rows}
+        prompts = [r for r in range(len(meta.lens)) if r not in decode]
+        for rows, prompt in ((prompts, True), (meta.dense_rows, False)):
+            if rows:
+                batch = rows_of(meta, rows, prompt)
+                meta.stages.reference_index(*self._arguments(method, query, kv_cache), batch, self.scale)
         for r in meta.dense_rows:
             meta.stages.count(meta.lens[r], kv_cache.shape[1], None)
 
-    def _arguments(
-        self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor, meta: Any, sparse: bool
-    ) -> tuple[Any, ...]:
-        """The stages' arguments for the sparse rows of a batch, or for the others."""
+    def _arguments(self, method: SparseMethod, query: torch.Tensor, kv_cache: torch.Tensor) -> tuple[Any, ...]:
+        """The stages' arguments before the batch."""
         keys, values = cache_views(kv_cache)
         index = index_view(kv_cache, method, self.head_size)
-        q = query.view(-1, self.num_heads, self.head_size)
-        return self.layer_number, q, keys, values, index, rows_of(meta, sparse)
+        return self.layer_number, query.view(-1, self.num_heads, self.head_size), keys, values, index
 
 
-def rows_of(meta: SparseCPUMetadata, sparse: bool) -> DecodeBatch:
-    """The sparse rows of a batch, or the others: requests left out have no keys, their tokens no slot."""
-    chosen = set(meta.sparse_rows)
+def rows_of(meta: SparseCPUMetadata, rows: list[int], prompt: bool) -> DecodeBatch:
+    """Some rows of a batch: requests left out have no keys, their tokens no slot."""
     lens, slots = torch.zeros(len(meta.lens), dtype=torch.int32), torch.full_like(meta.slot_mapping, -1)
-    for r, n in enumerate(meta.lens):
-        if (r in chosen) == sparse and r + 1 < len(meta.starts):
-            lens[r] = n
+    for r in rows:
+        if r + 1 < len(meta.starts):
+            lens[r] = meta.lens[r]
             slots[meta.starts[r] : meta.starts[r + 1]] = meta.slot_mapping[meta.starts[r] : meta.starts[r + 1]]
-    flags = torch.zeros_like(lens) if sparse else torch.ones_like(lens)
+    flags = torch.full_like(lens, int(prompt))
     tokens = meta.num_actual_tokens
     return DecodeBatch(meta.block_table, lens, meta.query_start_loc, slots, flags, tokens, MAX_QUERY_TOKENS)
 

@@ -24,6 +24,8 @@ from vllm_ext.attention_backends.rope import ModelShape
 from vllm_ext.options import ConfigError
 
 FORMAT = "vllm-ext seer gates 1"
+WIDTHS = (16, 32, 64, 128, 256)
+"""Channels that the kernels take."""
 PARTS = {"q": "attngate_linear_q", "k": "attngate_linear_k", "q_norm": "attngate_qnorm", "k_norm": "attngate_knorm"}
 _NAME = re.compile(r"layers\.(\d+)\.self_attn\.attn_gate\.(attngate_\w+)\.weight$")
 
@@ -68,14 +70,19 @@ class GateFile:
         mine, retrain = self.notes.get("model"), "train others with `vllm-ext train seer`"
         if mine is not None and mine != model.to_json():
             raise ConfigError(
-                f"seer.gates {self.path} holds the gates of another model ({ModelShape(**mine)}), this one has {model}; "
-                f"{retrain}."
+                f"seer.gates {self.path} holds the gates of another model ({ModelShape(**mine)}), this one has "
+                f"{model}; {retrain}."
             )
         page = self.notes.get("page_size", page_size)
         if page != page_size:
             raise ConfigError(
                 f"seer.gates {self.path} was trained for pages of {page} tokens, but seer.page_size is {page_size}; "
                 f"set seer.page_size to {page}."
+            )
+        if self.width not in WIDTHS:
+            raise ConfigError(
+                f"seer.gates {self.path} has gates of {self.width} channels, {', '.join(map(str, WIDTHS))} are "
+                f"supported; {retrain} and --width 128."
             )
         expected = shapes(model, self.width)
         for layer in layers:

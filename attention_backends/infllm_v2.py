@@ -30,7 +30,9 @@ class InfLLMV2(SparseMethod):
     paper_values: ClassVar[Mapping[str, Any]] = {}
 
     budget: int = option(6144, "keys read per query and KV head in a sparse step", unit="tokens", minimum=16)
-    page_size: int = option(64, "tokens a block (= vLLM block size)", unit="tokens", choices=(64,))
+    page_size: int = option(
+        64, "tokens a block (= vLLM block size); windows scale with it", unit="tokens", choices=(32, 64, 128)
+    )
     dense_layers: tuple[int, ...] = option([], "layers that stay dense")
     dense_below: int | None = option(
         8192, "requests up to this length are exact; null = twice the budget", unit="tokens", minimum=0

@@ -1,4 +1,4 @@
-"""LycheeDecode: a few retrieval heads read every key and choose pages, the other heads inherit them (arXiv 2602.04541)."""
+"""LycheeDecode: retrieval heads read every key and choose pages, other heads inherit them (arXiv 2602.04541)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lychee(SparseMethod):
-    """Every KV head has a role. A retrieval head reads all keys and keeps, for the same head of the layers behind it, the
-    pages in which its mean query has the largest logits; a sparse head reads the pages that it was handed.
+    """Every KV head has a role. A retrieval head reads all keys and keeps, for the same head of the layers behind it,
+    the pages in which its mean query has the largest logits; a sparse head reads the pages that it was handed.
 
     Heads of the first sparse layer are retrieval heads. This is the paper's block form, with its 128 first and 256 last
     tokens always read. Roles come from `vllm-ext train lychee`; `retrieval_heads` takes another number of them, by
@@ -57,6 +57,12 @@ class Lychee(SparseMethod):
     def map(self, file: RoleFile) -> Map:
         """[layers][KV heads], True = retrieval head."""
         return file.retrieval if self.retrieval_heads is None else file.best(self.retrieval_heads)
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the model's KV heads that read every key, of the file given as `roles`."""
+        heads = [x for row in self.map(role_file.read(self.roles or "")) for x in row]
+        return sum(heads) / len(heads)
 
     def check(self, vllm_config: Any) -> None:
         """Refuse what the engine cannot serve, and roles of another model."""

@@ -74,6 +74,11 @@ class SparseMethod:
         return self.budget // self.page_size
 
     @property
+    def least_keys(self) -> int:
+        """Keys that a sparse step of one query and KV head reads at least; what benchmarks call its floor."""
+        return self.capacity * self.page_size
+
+    @property
     def dense_limit(self) -> int:
         """Longest request, in tokens, whose decode steps read every key."""
         return 2 * self.budget if self.dense_below is None else max(self.dense_below, 0)

@@ -44,5 +44,7 @@ class Retro(Quest):
     def banner(self, vllm_config: Any) -> dict[str, str]:
         """Quest's rows and the window."""
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-        text = f"{1 + drafts} query tokens share their pages" if drafts else "1 token: the same as quest (no speculation)"
+        text = (
+            f"{1 + drafts} query tokens share their pages" if drafts else "1 token: the same as quest (no speculation)"
+        )
         return super().banner(vllm_config) | {"window": text}

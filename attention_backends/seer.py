@@ -38,7 +38,7 @@ class Seer(SparseMethod):
     threshold: float = option(0.0, "least softmax share of a page; 0 = always fill the budget", minimum=0, maximum=1)
 
     def record_elements(self, head_size: int) -> int:
-        """One gate key, whole heads. Shipped gates are as wide as a head."""
+        """One gate key, whole heads; shipped gates are as wide as a head."""
         width = gate_file.read(self.gates).width if self.gates else head_size
         return -(-width // head_size) * head_size
 

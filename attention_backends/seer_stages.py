@@ -1,4 +1,4 @@
-"""Pages chosen by learned gates: the stages of SeerAttention-R. Three launches a step: gate, score and select, attend."""
+"""The stages of SeerAttention-R. Three launches a step: gate, score and select, attend."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ class Stages:
                 read.keys_read, heads * n, read.pages_scored, read.pages_read, heads, 0, read.select_bytes,
                 read.capped_rows,
             ]  # fmt: skip
-        self.stats += torch.tensor(values, dtype=torch.int64)
+        self.stats += torch.tensor(values, dtype=torch.int64, device=self.stats.device)
 
 
 def keys_listed(ids: Tensor, row: Row, page: int) -> int:

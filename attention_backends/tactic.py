@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 class Tactic(SparseMethod):
     """Each query head ranks the pages by the logit of their mean key, the mass of the ranks is estimated from a few
     exact ones by a fit a / x + b, and the pages that reach `mass` of the estimated total are read, for the query heads
-    of a KV head together. `budget` is the most that a step reads; `vllm_ext:capped_rows` counts lists that it cut short.
+    of a KV head together. `budget` is the most that a step reads; `vllm_ext:capped_rows` counts lists that it cut
+    short.
 
-    The paper ranks K-means clusters of 16 keys made at the end of the prompt and reads single keys; groups of neighbours
-    reach the same quality with more keys (its ablation). Pages need no state of the request and no second pass over it.
-    Where the fitted curve starts and ends is not in the paper: `exact` and `sample`, in all about 2.5 % of the keys.
+    The paper ranks K-means clusters of 16 keys made at the end of the prompt and reads single keys; groups of
+    neighbours reach the same quality with more keys (its ablation). Pages need no state of the request and no second
+    pass over it. Where the fitted curve starts and ends is not in the paper: `exact` and `sample`, in all about 2.5 %
+    of the keys.
     """
 
     name: ClassVar[str] = "tactic"
@@ -40,6 +42,11 @@ class Tactic(SparseMethod):
         super().__post_init__()
         if self.mass <= 0:
             raise ConfigError(f"tactic.mass must be above 0, got {self.mass}.")
+
+    @property
+    def least_keys(self) -> int:
+        """The pages that are always read."""
+        return (self.sink + self.local) * self.page_size
 
     @property
     def target(self) -> Mass:

@@ -1,4 +1,4 @@
-"""vAttention: a host's pages exactly, the other keys by a sample sized for a given error (arXiv 2510.05688, section 4)."""
+"""vAttention: a host's pages, and a sample of the other keys sized for a given error (arXiv 2510.05688, section 4)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class VAttention(HostedMethod):
     """Reads the host's list, and of the keys outside it a uniform sample with weight n / b (Horvitz-Thompson).
 
     A pilot estimates variances, and the central limit theorem turns them into the number of draws b that keeps the
-    relative error below `epsilon` with probability 1 - `delta`: of the softmax denominator, as the authors' code does, or
-    of a head's output. The query rows of a KV head share the draws, b is the largest any of them needs (the paper has a
-    sample a query head). Draws do not repeat, so b is corrected for a finite tail and b = n is exact. They depend on
-    `seed`, position, layer and KV head: not on the batch, nor on the request.
+    relative error below `epsilon` with probability 1 - `delta`: of the softmax denominator, as the authors' code does,
+    or of a head's output. The query rows of a KV head share the draws, b is the largest any of them needs (the paper
+    has a sample a query head). Draws do not repeat, so b is corrected for a finite tail and b = n is exact. They depend
+    on `seed`, position, layer and KV head: not on the batch, nor on the request.
 
     The guarantee is per head and layer, not end to end, and needs a pilot that sees the tail's large weights: it does
     not hold where the list misses rare keys of large weight.

@@ -37,9 +37,7 @@ class WindowStages(Stages):
         scale: float,
     ) -> None:  # fmt: skip
         assert index is not None
-        update_windows(
-            k_cache, index, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.max_query_len
-        )
+        update_windows(k_cache, index, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.max_query_len)
 
     def reference_select(
         self, layer: int, row: Row, q: Tensor, k_cache: Tensor, index: Tensor | None, scale: float

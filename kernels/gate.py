@@ -39,7 +39,8 @@ def _unrotated(X, at, ok, position, c, TABLE, table_row, ROT: tl.constexpr):
 
 @triton.jit
 def _gate_query(
-    Q, WQ, QN, OUT, TABLE, GATE, SEQ, START, tile, head, requests, q_tok, q_head, o_tok, o_head, table_row, gate_row, eps,
+    Q, WQ, QN, OUT, TABLE, GATE, SEQ, START, tile, head, requests, q_tok, q_head, o_tok, o_head, table_row, gate_row,
+    eps,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
@@ -57,14 +58,15 @@ def _gate_query(
     position = tl.where(live, n - m + t, 0)
     token = tl.where(live, q0 + t, 0).to(tl.int64)
     acc = tl.zeros([ROWS, E], tl.float32)
-    for i in range(0, G):
+    CHUNKS: tl.constexpr = (D + BD - 1) // BD
+    for step in range(0, G * CHUNKS):
+        i = step // CHUNKS
+        c = step % CHUNKS * BD + rd
         at = token * q_tok + (head * G + i) * q_head
-        for c0 in tl.static_range(0, D, BD):
-            c = c0 + rd
-            ok = live[:, None] & (c < D)[None, :]
-            x = _unrotated(Q, at, ok, position, c, TABLE, table_row, ROT)
-            w = tl.load(WQ + ((head * G + i) * D + c)[:, None] * E + re[None, :], mask=(c < D)[:, None], other=0.0)
-            acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+        ok = live[:, None] & (c < D)[None, :]
+        x = _unrotated(Q, at, ok, position, c, TABLE, table_row, ROT)
+        w = tl.load(WQ + ((head * G + i) * D + c)[:, None] * E + re[None, :], mask=(c < D)[:, None], other=0.0)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
     norm = tl.rsqrt(tl.sum(acc * acc, 1) / E + eps)
     acc = acc * norm[:, None] * tl.load(QN + re)[None, :].to(tl.float32)
     a, b = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, E // 2]), [0, 2, 1]))
@@ -136,7 +138,7 @@ def _gate_step(
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Programs below `tiles` project queries; each of the others looks at one token and writes the page it completes."""
+    """Programs below `tiles` project queries; every other one looks at a token and writes the page it completes."""
     head = tl.program_id(1)
     if tl.program_id(0) < tiles:
         _gate_query(
@@ -150,13 +152,13 @@ def _gate_step(
             r = _request_of(START, token, requests)
             first = tl.load(SEQ + r) - tl.load(START + r + 1) + token - (P - 1)
             _gate_record(
-                K, INDEX, WK, KN, TABLE, GATE, slot // P, head, first, k_page, k_head, k_tok, i_page, i_head, table_row,
-                gate_row, eps, P, D, E, ROT, BD, BP,
+                K, INDEX, WK, KN, TABLE, GATE, slot // P, head, first, k_page, k_head, k_tok, i_page, i_head,
+                table_row, gate_row, eps, P, D, E, ROT, BD, BP,
             )  # fmt: skip
 
 
 def paired(width: int, turning: int) -> Tensor:
-    """Order of `width` gate channels that puts the partners c and c + turning / 2 half the width apart: [width] int64."""
+    """Order of gate channels that puts the partners c and c + turning / 2 half the width apart: [width] int64."""
     half, rest = turning // 2, (width - turning) // 2
     first = [*range(half), *range(turning, turning + rest)]
     return torch.tensor([*first, *range(half, turning), *range(turning + rest, width)])

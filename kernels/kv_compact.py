@@ -1,7 +1,8 @@
-"""Moves tokens of one request for all layers in one launch: the survivors of an eviction, or a copy of what is resident.
+"""Moves tokens of one request for all layers in one launch: the survivors of an eviction, or a copy.
 
-Specifications: `kv_reference.compact` and `kv_reference.resident`. Survivors move towards newer slots and keep their order,
-so a program that works from the newest to the oldest never overwrites a survivor that it has not read: no scratch memory.
+Specifications: `kv_reference.compact` and `kv_reference.resident`. Survivors move towards newer slots and keep their
+order, so a program that works from the newest to the oldest never overwrites a survivor that it has not read: no
+scratch memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mean cosine of every token to its fellow tokens, without the matrix of cosines. Specification: `kv_reference.redundancy`."""
+"""Mean cosine of every token to its fellows, never as a matrix. Specification: `kv_reference.redundancy`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def _mean_cosine(K, OUT, n, k_head, k_tok, threshold, RECENT: tl.constexpr, D: t
     left_out = tl.zeros([TN], tl.float32)
     for begin in range(0, n, TN):
         other = begin + tl.arange(0, TN)
-        b = tl.load(keys + other[None, :] * k_tok + rd[:, None], mask=(other < n)[None, :] & (rd < D)[:, None], other=0.0)
+        b = tl.load(
+            keys + other[None, :] * k_tok + rd[:, None], mask=(other < n)[None, :] & (rd < D)[:, None], other=0.0
+        )
         length = tl.sqrt(tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)) + 1e-12
         cosine = tl.dot(a, b, input_precision="ieee") / (norm[:, None] * length[None, :])
         fellow = (other < n)[None, :] & (other[None, :] != mine[:, None])

@@ -1,6 +1,7 @@
 """Plain-torch definitions of what eviction computes: window attention, its reductions, the choice and the compaction.
 
-Shapes: L layers, H KV heads, Hq = H * G query heads, w window queries, n resident tokens in order of position, D head size.
+Shapes: L layers, H KV heads, Hq = H * G query heads, w window queries, n resident tokens in order of position, head
+size D.
 """
 
 from __future__ import annotations

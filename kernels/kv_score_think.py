@@ -1,6 +1,7 @@
 """ThinKV: thoughts by the sparsity of attention, segments that shrink by a schedule, medoids that stay (ICLR 2026).
 
-Sections 3 (thought types) and 4 (eviction schedule) of Ramachandran et al.; the choice of medoids is this package's reading.
+Sections 3 (thought types) and 4 (eviction schedule) of Ramachandran et al.; the choice of medoids is this package's
+reading.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ def thought(value: float, low: float, high: float) -> int:
     return EXECUTION if value < low else REASONING if value < high else TRANSITION
 
 
-def shrink(held: Sequence[int], types: Sequence[int], budget: int | None, schedule: Sequence[int] = SCHEDULE) -> list[int]:
+def shrink(
+    held: Sequence[int], types: Sequence[int], budget: int | None, schedule: Sequence[int] = SCHEDULE
+) -> list[int]:
     """Tokens that each segment keeps at a boundary, oldest segment first.
 
-    Case 1: the newest segment is a transition: every earlier segment goes one step down the schedule. Case 2: while more
-    than `budget` tokens are held, the oldest segment of the least important type that can still shrink goes one step down.
+    Case 1: the newest segment is a transition: every earlier segment goes one step down the schedule. Case 2: while
+    more than `budget` tokens are held, the oldest segment of the least important type that can still shrink goes one
+    step down.
 
     Args:
         held: tokens of each segment now.
@@ -66,8 +70,8 @@ def shrink(held: Sequence[int], types: Sequence[int], budget: int | None, schedu
 def fit(kept: Sequence[int], held: Sequence[int], budget: int, least: Sequence[int]) -> list[int]:
     """`kept` changed to `budget` tokens in all: counts must not depend on the text.
 
-    Too few: segments get tokens back, the newest first, up to what they held. Too many although the schedule is at its end:
-    the oldest lose theirs, down to `least` (tokens that stay whatever happens).
+    Too few: segments get tokens back, the newest first, up to what they held. Too many although the schedule is at its
+    end: the oldest lose theirs, down to `least` (tokens that stay whatever happens).
     """
     out = [max(k, m) for k, m in zip(kept, least)]
     for i in reversed(range(len(out))):
@@ -80,8 +84,8 @@ def fit(kept: Sequence[int], held: Sequence[int], budget: int, least: Sequence[i
 def medoid_rank(keys: Tensor, forced: Tensor, count: int, rounds: int = 4) -> Tensor:
     """Which `count` tokens of a segment stand for it: worth of each, the highest stay.
 
-    K-means with `count` centres, which start at evenly spaced tokens; of each cluster the token nearest to the centre stays,
-    then, where clusters ran empty, the tokens nearest to any centre. `forced` tokens come before all.
+    K-means with `count` centres, which start at evenly spaced tokens; of each cluster the token nearest to the centre
+    stays, then, where clusters ran empty, the tokens nearest to any centre. `forced` tokens come before all.
 
     Args:
         keys: [B, m, D]; forced: [B, m] bool.

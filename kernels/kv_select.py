@@ -1,6 +1,7 @@
 """The survivors of every layer and KV head in one launch. Specification: `kv_reference.choose`.
 
-One program bisects the scores of one row for the smallest survivor, then writes the survivors in order, a tile at a time.
+One program bisects the scores of one row for the smallest survivor, then writes the survivors in order, by
+tiles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Block tables of the resident slots, and the queries that will score them: the per-step work of the eviction engine."""
+"""The per-step work of the eviction engine: block tables of the resident slots, and the queries that will score."""
 
 from __future__ import annotations
 

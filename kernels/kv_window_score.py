@@ -1,8 +1,8 @@
 """Attention of a window of queries to all resident tokens, reduced per token and never materialised.
 
-Specification: `kv_reference.window_attention` with `weighted_rows` (heads) or `worst_case` (worst). Two passes over K: the first
-finds each row's log-sum-exp, the second turns logits into probabilities and reduces them in registers. Pooling along the
-tokens reads shifted tiles of K, so no program needs another's columns.
+Specification: `kv_reference.window_attention` with `weighted_rows` (heads) or `worst_case` (worst). Two passes over K:
+the first finds each row's log-sum-exp, the second turns logits into probabilities and reduces them in registers. Pooling
+along the tokens reads shifted tiles of K, so no program needs another's columns.
 """
 
 from __future__ import annotations
@@ -118,14 +118,23 @@ class WindowScore:
         (w, hq, d), heads = queries.shape, k_cache.shape[1]
         self.queries, self.keys, self.row, self.n = queries, k_cache, row, n
         self.heads, self.group, self.window, self.rows = heads, hq // heads, w, max(16, _power(hq // heads * w))
-        tiles = triton.cdiv(n, TILE)
+        tile = TILE if self.rows <= 128 else TILE // 2  # registers
+        tiles = triton.cdiv(n, tile)
         parts = min(tiles, max(1, PROGRAMS // heads))
         self.tiles = triton.cdiv(tiles, parts)
         self.parts = triton.cdiv(tiles, self.tiles)
-        self.numbers = (first, n - w + 1, self.tiles, queries.stride(0), queries.stride(1), *k_cache.stride()[:3], scale)
+        self.numbers = (
+            first,
+            n - w + 1,
+            self.tiles,
+            queries.stride(0),
+            queries.stride(1),
+            *k_cache.stride()[:3],
+            scale,
+        )
         self.sizes = {
             "G": self.group, "W": w, "ROWS": self.rows, "P": k_cache.shape[2], "D": d, "DP": max(16, _power(d)),
-            "TN": TILE, "num_warps": 8 if self.rows >= 128 else 4, "num_stages": 2,
+            "TN": tile, "num_warps": 8 if self.rows >= 128 else 4, "num_stages": 2,
         }  # fmt: skip
         self.lse = self._lse()
 
@@ -133,7 +142,9 @@ class WindowScore:
         """[H, ROWS] fp32."""
         m = torch.empty(self.heads, self.parts, self.rows, dtype=torch.float32, device=self.row.device)
         s = torch.empty_like(m)
-        _rows_lse[(self.heads, self.parts)](self.queries, self.keys, self.row, m, s, self.n, *self.numbers, **self.sizes)
+        _rows_lse[(self.heads, self.parts)](
+            self.queries, self.keys, self.row, m, s, self.n, *self.numbers, **self.sizes
+        )
         top = m.amax(1)
         return top + (s * (m - top[:, None]).exp()).sum(1).log()
 

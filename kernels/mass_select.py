@@ -1,7 +1,7 @@
 """Pages by attention mass in two launches: scores of all pages, then probes, fit and lists.
 
-Specification: `reference_mass.select_mass`. In the second launch a program serves one query row; the last row of a request
-and KV head writes the union.
+Specification: `reference_mass.select_mass`. In the second launch a program serves one query row; the last row of a
+request and KV head writes the union.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def _ranks(free, exact, sample):
 def _above(key, free, need):
     """The `need` largest free keys, ties to the lower page."""
     threshold, found = _threshold(key, free, need)
-    over = free & (key > threshold)
-    tied = free & (key == threshold)
-    room = need - tl.sum(over.to(tl.int32), 0)
-    few = over | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    best = tl.where(found == need, (free & (key >= threshold)).to(tl.int32), few.to(tl.int32))
-    return (best > 0) & (need > 0)
+    best = tl.where(free & (key >= threshold), 1, 0)
+    if found != need:  # equal keys at the threshold
+        tied = tl.where(free & (key == threshold), 1, 0)
+        over = tl.where(free & (key > threshold), 1, 0)
+        best = over + tl.where(tl.cumsum(tied, 0) <= need - tl.sum(over, 0), tied, 0)
+    return (best > 0) & (best * need > 0)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """One attention launch for heads that read every page and heads that read a list: equal work for every program.
 
-Specification: `reference_lychee.step`. The pages that all (request, KV head) pairs of the step have to read are laid end
-to end and cut into as many equal pieces as there are programs, on the device: a dense pair of 2,048 pages gets thirty-two
-times the programs of a list of 64. While a retrieval head's keys pass by, the largest logit of its mean query in each page
-is kept; whichever program finishes such a pair chooses its list for the layers behind.
+Specification: `reference_lychee.step`. The pages that all (request, KV head) pairs of the step have to read are laid
+end to end and cut into as many equal pieces as there are programs, on the device: a dense pair of 2,048 pages gets
+thirty-two times the programs of a list of 64. While a retrieval head's keys pass by, the largest logit of its mean
+query in each page is kept; whichever program finishes such a pair chooses its list for the layers behind.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _merge_pieces(PO, PL, pieces, live_rows, MR: tl.constexpr, DP: tl.constexpr,
 
 
 @triton.jit
-def _write(OUT, out, q0, head, o_tok, o_head, live_rows, G: tl.constexpr, MR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def _write(
+    OUT, out, q0, head, o_tok, o_head, live_rows, G: tl.constexpr, MR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
     """Store [MR, DP] as the rows of one KV head."""
     row = tl.arange(0, MR)
     rd = tl.arange(0, DP)
@@ -152,9 +154,8 @@ def _mixed_decode(
             table = PAGES + first
         else:
             table = BT + r.to(tl.int64) * bt_row
-        if at == start:
-            if tl.load(SLOTS + q0) >= 0:  # warm-up and capture runs are not counted
-                _count(STATS, count * P - (pages * P - n), n, count, is_dense)
+        if (at == start) & (tl.load(SLOTS + q0) >= 0):  # warm-up and capture runs are not counted
+            _count(STATS, count * P - (pages * P - n), n, count, is_dense)
         q, live = query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
         lo = at - start
         hi = tl.minimum(stop, end) - start
@@ -183,7 +184,7 @@ def _mixed_decode(
                 part = (before + pair).to(tl.int64)
                 merged = _merge_pieces(PO + part * MR * DP, PL + part * MR, pieces, m * G, MR, DP, CHUNK)
                 _write(OUT, merged, q0, head, o_tok, o_head, m * G, G, MR, D, DP)
-        if SCORED:
+        if SCORED:  # noqa: SIM102 (a constant: the branch is not compiled otherwise)
             if done & choosing:
                 tl.debug_barrier()  # this program's own scores
                 last = tl.maximum(0, tl.minimum(pages - local, (n - m) // P))

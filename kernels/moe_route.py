@@ -22,6 +22,19 @@ TILE_RECORD = 4
 
 
 @triton.jit
+def overlap_launches(PDL: tl.constexpr):
+    """With PDL: wait for the launch before this one to end, then let the next one be set up."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def pdl_options(pdl: bool) -> dict[str, bool]:
+    """Launch option of `overlap_launches`; left out where it is not wanted, since not every Triton knows it."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+@triton.jit
 def local_expert(ids, MAP, live, E: tl.constexpr, HAS_MAP: tl.constexpr):
     """Expert on this rank for each global id; E where the pair is skipped (id -1, or an expert of another rank)."""
     ids = ids.to(tl.int32)
@@ -42,9 +55,10 @@ def _histogram(e, E: tl.constexpr, EB: tl.constexpr):
 @triton.jit(do_not_specialize=["pairs"])
 def _count(
     IDS, MAP, HIST, pairs,
-    E: tl.constexpr, EB: tl.constexpr, CHUNK: tl.constexpr, HAS_MAP: tl.constexpr,
+    E: tl.constexpr, EB: tl.constexpr, CHUNK: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """HIST[chunk] = pairs of each expert in a chunk."""
+    overlap_launches(PDL)
     chunk = tl.program_id(0)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     e = local_expert(tl.load(IDS + at, mask=at < pairs, other=-1), MAP, at < pairs, E, HAS_MAP)
@@ -56,8 +70,10 @@ def _place(
     IDS, MAP, HIST, TOKEN, ROW, TILES, pairs, chunks, tiles, share,
     E: tl.constexpr, EB: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, HB: tl.constexpr,
     TB: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, HAS_MAP: tl.constexpr, ALONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """TOKEN[row], ROW[pair] of one chunk's pairs, and `share` records of TILES."""
+    overlap_launches(PDL)
     chunk = tl.program_id(0)
     re = tl.arange(0, EB)
     before = tl.zeros([EB], tl.int32)
@@ -130,7 +146,7 @@ def max_tiles(pairs: int, experts: int, block_m: int) -> int:
     return (pairs - hit) // block_m + hit
 
 
-def route(ids: Tensor, experts: int, block_m: int, expert_map: Tensor | None = None) -> Route:
+def route(ids: Tensor, experts: int, block_m: int, expert_map: Tensor | None = None, pdl: bool = False) -> Route:
     """Sort the pairs of `ids` by expert, stable.
 
     Args:
@@ -138,6 +154,7 @@ def route(ids: Tensor, experts: int, block_m: int, expert_map: Tensor | None = N
         experts: experts on this rank.
         block_m: rows of a tile.
         expert_map: [global experts] int32, expert on this rank or -1; None = the identity.
+        pdl: programmatic dependent launch, see `overlap_launches`.
 
     Fixed launches and one allocation for given shapes, so the call can be captured.
     """
@@ -154,11 +171,14 @@ def route(ids: Tensor, experts: int, block_m: int, expert_map: Tensor | None = N
     pool = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     token, row, records, counts = pool.split(sizes)
     mapping, has_map = (ids, False) if expert_map is None else (expert_map, True)
+    more = pdl_options(pdl)
     if not alone:
-        _count[(chunks,)](ids, mapping, counts, pairs, E=experts, EB=eb, CHUNK=chunk, HAS_MAP=has_map, num_warps=4)
+        _count[(chunks,)](
+            ids, mapping, counts, pairs, E=experts, EB=eb, CHUNK=chunk, HAS_MAP=has_map, PDL=pdl, num_warps=4, **more
+        )
     _place[(chunks,)](
         ids, mapping, counts, token, row, records, pairs, chunks, tiles, share,
         E=experts, EB=eb, CHUNK=chunk, SUB=max(16, min(chunk, 8192 // eb)), HB=max(1, 4096 // eb),
-        TB=16, K=k, BM=block_m, HAS_MAP=has_map, ALONE=alone, num_warps=8,
+        TB=16, K=k, BM=block_m, HAS_MAP=has_map, ALONE=alone, PDL=pdl, num_warps=8, **more,
     )  # fmt: skip
     return Route(token[:pairs], row[:pairs], records[: TILE_RECORD * tiles + 1], tiles, block_m)

@@ -23,7 +23,7 @@ def reference_union(lists: list[Tensor]) -> Tensor:
     """
     heads = lists[0].shape[0]
     rows = [torch.cat([ids[h] for ids in lists]).unique() for h in range(heads)]
-    out = torch.full((heads, max(len(row) for row in rows)), -1, dtype=torch.int32)
+    out = torch.full((heads, max(len(row) for row in rows)), -1, dtype=torch.int32, device=lists[0].device)
     for h, row in enumerate(rows):
         out[h, : len(row)] = row
     return out
@@ -151,7 +151,7 @@ def page_union(
     ids: Tensor, counts: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor, slot_mapping: Tensor,
     buffers: UnionBuffers, stats: Tensor, page: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Join the lists of tokens, ids [T, H, C] and counts [T, H], into one a request: (ids, pages, counts) [R, H, ...]."""
+    """Join the lists of tokens, ids [T, H, C] and counts [T, H], into one a request: ids, pages [R, H, C'], counts."""
     requests, heads, capacity = seq_lens.shape[0], counts.shape[1], ids.shape[2]
     np_cap, out_capacity = buffers.marks.shape[2], buffers.ids.shape[2]
     _page_union[(requests * heads,)](

@@ -1,4 +1,4 @@
-"""Plain-PyTorch specification of the learned gate of SeerAttention-R (arXiv 2506.08889, section 3); the product on CPUs.
+"""Plain-PyTorch specification of the gate of SeerAttention-R (arXiv 2506.08889, section 3); the product on CPUs.
 
 Shapes as in `reference`, and E the width of the gate. Per layer and KV head: `wq` [H, g * D, E] (the g query heads of a
 group one after the other), `wk` [H, 3 * D, E], norm weights `q_norm`, `k_norm` [E] shared by the heads. The gate works
@@ -121,10 +121,8 @@ def max_pooled_attention(q: Tensor, k: Tensor, rows: Tensor, page: int, scale: f
         [B, H, r, n / page] fp32, not normalised (section 3.2).
     """
     b, heads, n, d = k.shape
-    x = q[:, :, rows].reshape(b, heads, -1, d) @ k.transpose(-1, -2)  # [B, H, g * r, n]
-    x = x.float().unflatten(2, (-1, rows.numel())) * scale
+    x = q[:, :, rows].float().reshape(b, heads, -1, d) @ k.float().transpose(-1, -2)  # [B, H, g * r, n]
+    x = x.unflatten(2, (-1, rows.numel())) * scale
     hidden = torch.arange(n, device=q.device) > rows[:, None]
     x = x.masked_fill(hidden, -math.inf).softmax(-1)
     return x.unflatten(-1, (-1, page)).amax(-1).amax(2)
-
-

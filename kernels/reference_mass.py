@@ -2,7 +2,8 @@
 
 Shapes as in `reference`. For each query row the pages that are not forced are ranked by the logit of their mean key.
 Exact masses of the forced pages, of the first ranks and of two short segments further down give, with a fit a / x + b,
-the mass of every rank; the row keeps the shortest prefix that reaches the target. The rows of a KV head share the union.
+the mass of every rank; the row keeps the shortest prefix that reaches the target. The rows of a KV head share the
+union.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def select_mass(
             head, one, two = order[: ranks[0]], order[ranks[1] : ranks[2]], order[ranks[3] : ranks[4]]
             probes = torch.cat([forced.nonzero().flatten(), head, one, two])
             w = (lse - lse[probes].amax()).exp()
-            y = [float(w[x].mean()) if x.numel() else 0.0 for x in (one, two)]
-            kept = kept_ranks(float(w[forced].sum()), w[head].tolist(), *y, ranks, free, target.mass)
+            y1, y2 = (float(w[x].mean()) if x.numel() else 0.0 for x in (one, two))
+            kept = kept_ranks(float(w[forced].sum()), w[head].tolist(), y1, y2, ranks, free, target.mass)
             probed += probes.numel()
             if kept:
                 margin = torch.maximum(margin, s - s[order[kept - 1]])

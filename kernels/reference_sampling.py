@@ -1,4 +1,5 @@
-"""Plain-PyTorch specification of `tail_sample`: uniform sampling of the keys that no list holds (vAttention, sections 4, 5).
+"""Plain-PyTorch specification of `tail_sample`: uniform sampling of the keys that no list holds (vAttention, sections
+4, 5).
 
 Shapes as in `reference`. The tail of a request and KV head is every key outside its list of pages: n_s keys, all of
 complete pages, since the list holds the last ones. Draw i reads tail key `permutation(i)`: draws do not repeat, a

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_ext.kernels.moe_route import Route, local_expert, route
+from vllm_ext.kernels.moe_route import Route, local_expert, overlap_launches, pdl_options, route
 
 
 @triton.jit
@@ -107,9 +107,10 @@ def _up(
     X, W, Y, TOKEN, TILES, IDS, MAP, x_row, tiles,
     E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_up_tile` for every tile: one a program, or in turns by `PROGRAMS` programs."""
+    overlap_launches(PDL)
     if NAIVE:
         total = tiles * ((N + BN - 1) // BN)
     else:
@@ -159,9 +160,10 @@ def _down(
     A, Y, W, OUT, TILES, IDS, MAP, tiles,
     E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_down_tile` for every tile: one a program, or in turns by `PROGRAMS` programs."""
+    overlap_launches(PDL)
     if NAIVE:
         total = tiles * ((D + BN - 1) // BN)
     else:
@@ -177,9 +179,11 @@ def _down(
 @triton.jit
 def _combine(
     Y, WEIGHTS, ROW, IDS, MAP, OUT,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT[t] = sum_j WEIGHTS[t, j] * Y[row of pair (t, j)], fp32, slots in order; skipped pairs add nothing."""
+    overlap_launches(PDL)
     t = tl.program_id(0)
     col = tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
@@ -220,10 +224,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of both GEMMs; `up.bn` columns of the gate and as many of the up projection are one tile."""
+    """Tiles of both GEMMs; `up.bn` columns of the gate and as many of the up projection are one tile.
+
+    `pdl`: each launch is set up while the one before it still runs (programmatic dependent launch).
+    """
 
     up: Tile
     down: Tile
+    pdl: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -276,10 +284,12 @@ def sonic_moe(
         [T, d] in the dtype of x. Launches and allocations depend on shapes alone, so the call can be captured.
 
     Raises:
-        ValueError: sizes that `supports` names.
+        ValueError: sizes that `supports` names, or strided inputs.
     """
     if reason := supports(w2.shape[1], w2.shape[2]):
         raise ValueError(reason)
+    if x.stride(1) != 1 or not all(t.is_contiguous() for t in (w13, w2, weights, ids)):
+        raise ValueError("weights, ids and the rows of x must be contiguous")
     (tokens, k), (experts, d, n) = ids.shape, w2.shape
     out = torch.empty_like(x) if out is None else out
     if tokens == 0:
@@ -289,8 +299,8 @@ def sonic_moe(
     y2 = x.new_empty(pairs * d) if y2 is None else y2
     y1, y2 = y1.view(-1)[: pairs * n].view(pairs, n), y2.view(-1)[: pairs * d].view(pairs, d)
     naive = unsorted(pairs, experts)
-    plan = _each_its_own(ids, pairs, tiles) if naive else route(ids, experts, tiles.up.bm, expert_map)
-    flags = {"NAIVE": naive, "HAS_MAP": expert_map is not None}
+    plan = _each_its_own(ids, pairs, tiles) if naive else route(ids, experts, tiles.up.bm, expert_map, tiles.pdl)
+    flags = {"NAIVE": naive, "HAS_MAP": expert_map is not None, "PDL": tiles.pdl, **pdl_options(tiles.pdl)}
     mapping = ids if expert_map is None else expert_map
     up(x, w13, y1, plan, ids, mapping, k, tiles.up, flags)
     down(y1, w2, y2, plan, ids, mapping, tiles.down, flags)

@@ -177,18 +177,18 @@ def stop(rule: Rule, found: Verdict, n: Tensor, u: Tensor, entropies: Tensor | N
     return kept.long().cumprod(1).sum(1)
 
 
-def residual(found: Verdict, p: Tensor, q: Tensor | None, x: Tensor, n: Tensor) -> Tensor:
-    """Unnormalised law of the emitted token for every tau: [B, K+1, V]; p itself from position n on."""
-    k = x.shape[1]
-    out = found.scale[..., None] * p
+def residual(found: Verdict, p: Tensor, q: Tensor | None, x: Tensor, n: Tensor, tau: Tensor) -> Tensor:
+    """Unnormalised law of the token emitted after tau [B] accepted drafts: [B, V]; p itself where tau = n."""
+    row, at = torch.arange(len(tau), device=tau.device), tau.clamp(max=x.shape[1] - 1)
+    law = p[row, tau]
+    out = found.scale[row, tau][:, None] * law
     if q is not None:
-        out[:, :k] -= q
+        out = out - q[row, at]
     out = out.clamp(min=0)
     if found.exclude:
-        hit = torch.nn.functional.one_hot(x.clamp(min=0).long(), p.shape[2]).bool() & (x >= 0)[..., None]
-        out[:, :k] = out[:, :k].masked_fill(hit, 0.0)
-    beyond = torch.arange(k + 1, device=x.device) >= n[:, None]
-    return torch.where(beyond[..., None], p, out)
+        token = x[row, at].long()[:, None]
+        out = torch.where(token >= 0, out.scatter(1, token.clamp(min=0), 0.0), out)
+    return torch.where((tau < n)[:, None], out, law)
 
 
 class Dense(NamedTuple):
@@ -242,10 +242,9 @@ def emit(rule: Rule, laws: Dense, u: Tensor, noise: Tensor) -> tuple[Tensor, Ten
     p, q, x, n, entropies = laws
     found = verdict(rule, p, q, x, n)
     tau = stop(rule, found, n, u, entropies)
-    weights = residual(found, p, q, x, n)
-    row = torch.arange(len(tau), device=tau.device)
-    weight = weights[row, tau]
-    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, p[row, tau])  # p = q up to rounding
+    weight = residual(found, p, q, x, n, tau)
+    law = p[torch.arange(len(tau), device=tau.device), tau]
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, law)  # p = q up to rounding
     token = (weight.log() - noise.log()).argmax(1)
     out = torch.where(torch.arange(x.shape[1], device=x.device) < tau[:, None], x.long(), -1)
     out = torch.cat([out, torch.full_like(out[:, :1], -1)], 1).scatter_(1, tau[:, None], token[:, None])

@@ -105,6 +105,7 @@ def solve(p: Tensor, q: Tensor, n: int, k: int = 10, iterations: int = 10) -> Pl
     thin = torch.where(sent > ps, ps / sent.clamp(min=torch.finfo(p.dtype).tiny), 1)
     choice, sent = choice * thin[:, None], sent * thin
     residual = p.scatter_add(1, order, -sent).clamp(min=0)
+    residual = torch.where(residual.sum(1, keepdim=True) > 0, residual, p)  # all is accepted, up to rounding
     return Plan(order, choice, residual, sent.sum(1), optimum)
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 KINDS = {"ratio": 0, "hsd": 1, "cactus": 2, "fly": 3}
 BLOCK = 4096
 """Vocabulary entries of one program."""
-MAX_DRAFTS = 127
 
 
 @triton.jit
@@ -298,56 +297,92 @@ def _result(DRAFTS, CU, STOP, BEST, WINNER, OUT, COUNT, K, NB, KP: tl.constexpr,
     tl.store(COUNT + r, tau + 1)
 
 
+class _Step:
+    """Buffers and launches of one verification step."""
+
+    def __init__(self, rule: Rule, batch: VerifyBatch) -> None:
+        given = None if rule.kind == "fly" else batch.draft_logits
+        self.rule, self.batch, self.sampled = rule, batch, given is not None
+        self.draft = batch.logits if given is None else given
+        self.draft_row = batch.drafts if given is None else batch.draft_row
+        self.requests, (self.rows, vocab) = batch.cu_rows.shape[0] - 1, batch.logits.shape
+        self.blocks = triton.cdiv(vocab, BLOCK)
+        # a padded target vocabulary is wider than the draft's
+        self.vocab = (vocab, min(vocab, self.draft.shape[1]))
+        self.width = (batch.logits.stride(0), self.draft.stride(0), self.blocks)
+        self.laws = (batch.cu_rows, batch.temperature, batch.draft_temperature)
+        self.entropy = {"normalized": 1, "top3": 2}[rule.entropy] if rule.kind == "fly" else 0
+        new = batch.logits.new_empty
+        p_max, p_sum, p_ent, q_max, q_sum, self.mass = new(6, self.rows, self.blocks, dtype=torch.float32)
+        p_arg = new(self.rows, self.blocks, dtype=torch.int64)
+        p_top = new((self.rows, self.blocks, 4) if self.entropy == 2 else (1,), dtype=torch.float32)
+        self.stats = (p_max, p_arg, p_sum, p_ent, p_top, q_max, q_sum)
+        self.facts = new(self.rows, 3, dtype=torch.float32)
+        self.stop = new(self.requests, 4, dtype=torch.int64)
+        self.weights = new(self.requests, 3, dtype=torch.float32)
+        tile = triton.next_power_of_2(batch.max_drafts + 1), max(2, triton.next_power_of_2(self.blocks))
+        self.tile: dict[str, Any] = {"KP": tile[0], "NBP": tile[1]}
+        self.warps = 4 if tile[0] * tile[1] <= 1024 else 8 if tile[0] * tile[1] <= 2048 else 16
+
+    def summarize(self) -> None:
+        """Statistics of every draft row."""
+        _row_stats[(self.rows, self.blocks)](
+            self.batch.logits, self.draft, self.draft_row, self.batch.row_request, *self.laws, *self.stats, *self.vocab,
+            *self.width, HAS_DRAFT=self.sampled, ENTROPY=self.entropy, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+
+    def judge(self, first: bool = False) -> None:
+        """How many drafts each request keeps; `first`: only what `surplus` needs."""
+        b, rule = self.batch, self.rule
+        _judge[(self.requests,)](
+            b.logits, self.draft, b.drafts, self.draft_row, *self.laws, b.seeds, b.positions, *self.stats, self.mass,
+            self.facts, self.stop, self.weights, *self.width, rule.delta, rule.theta, math.log(max(self.vocab[0], 2)),
+            KIND=KINDS[rule.kind], FIRST_PASS=first, EXACT=rule.exact and rule.delta > 0, WINDOW=rule.window,
+            ENTROPY=self.entropy, HAS_DRAFT=self.sampled, **self.tile, num_warps=self.warps,
+        )  # fmt: skip
+
+    def surplus(self) -> None:
+        """The mass that the capped target has above the draft law, for `hsd`."""
+        _surplus[(self.rows, self.blocks)](
+            self.batch.logits, self.draft, self.draft_row, self.batch.row_request, *self.laws, self.facts, self.mass,
+            *self.vocab, *self.width, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+
+    def emit(self) -> tuple[Tensor, Tensor]:
+        """Draw the next token of every request, and put the result together."""
+        b, new = self.batch, self.batch.logits.new_empty
+        best = new(self.requests, self.blocks, dtype=torch.float32)
+        winner = new(self.requests, self.blocks, dtype=torch.int64)
+        _race[(self.requests, self.blocks)](
+            b.logits, self.draft, *self.laws, b.seeds, b.positions, self.stop, self.weights, best, winner, *self.vocab,
+            *self.width, FIRST=FIRST_TOKEN, HAS_DRAFT=self.sampled, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+        out, count = new(self.requests, b.max_drafts + 1, dtype=torch.int64), new(self.requests, dtype=torch.int32)
+        _result[(self.requests,)](
+            b.drafts,
+            b.cu_rows,
+            self.stop,
+            best,
+            winner,
+            out,
+            count,
+            b.max_drafts,
+            self.blocks,
+            **self.tile,
+            num_warps=1,
+        )
+        return out, count
+
+
 def verify(rule: Rule, batch: VerifyBatch) -> tuple[Tensor, Tensor]:
     """Tokens [R, K+1] int64 (-1 beyond) and their number [R] int32; see `spec_reference.emit`.
 
-    K is at most MAX_DRAFTS. Rows of logits and of draft logits are contiguous.
+    K is below FIRST_TOKEN. Rows of logits and of draft logits are contiguous.
     """
-    logits, requests, k = batch.logits, batch.cu_rows.shape[0] - 1, batch.max_drafts
-    rows, vocab = logits.shape
-    sampled = batch.draft_logits is not None and rule.kind != "fly"
-    draft = batch.draft_logits if sampled else logits
-    draft_row = batch.draft_row if sampled else batch.drafts
-    least = min(vocab, draft.shape[1])  # a padded target vocabulary is wider than the draft's
-    blocks = triton.cdiv(vocab, BLOCK)
-    sizes: dict[str, Any] = {"KP": triton.next_power_of_2(k + 1), "NBP": max(2, triton.next_power_of_2(blocks))}
-    tile = sizes["KP"] * sizes["NBP"]
-    entropy = {"normalized": 1, "top3": 2}[rule.entropy] if rule.kind == "fly" else 0
-    part = logits.new_empty(6, rows, blocks, dtype=torch.float32)
-    p_max, p_sum, p_ent, q_max, q_sum, mass = part
-    p_arg = logits.new_empty(rows, blocks, dtype=torch.int64)
-    p_top = logits.new_empty((rows, blocks, 4) if entropy == 2 else (1,), dtype=torch.float32)
-    facts = logits.new_empty(rows, 3, dtype=torch.float32)
-    stop = logits.new_empty(requests, 4, dtype=torch.int64)
-    weights = logits.new_empty(requests, 3, dtype=torch.float32)
-    laws = (batch.cu_rows, batch.temperature, batch.draft_temperature)
-    width = (logits.stride(0), draft.stride(0), blocks)
-    _row_stats[(rows, blocks)](
-        logits, draft, draft_row, batch.row_request, *laws, p_max, p_arg, p_sum, p_ent, p_top, q_max, q_sum, vocab,
-        least, *width, HAS_DRAFT=sampled, ENTROPY=entropy, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
-
-    def judge(first: bool) -> None:
-        _judge[(requests,)](
-            logits, draft, batch.drafts, draft_row, *laws, batch.seeds, batch.positions, p_max, p_arg, p_sum, p_ent,
-            p_top, q_max, q_sum, mass, facts, stop, weights, *width, rule.delta, rule.theta, math.log(max(vocab, 2)),
-            KIND=KINDS[rule.kind], FIRST_PASS=first, EXACT=rule.exact and rule.delta > 0, WINDOW=rule.window,
-            ENTROPY=entropy, HAS_DRAFT=sampled, **sizes, num_warps=4 if tile <= 1024 else 8 if tile <= 2048 else 16,
-        )  # fmt: skip
-
-    if sampled and rule.kind == "hsd":
-        judge(True)
-        _surplus[(rows, blocks)](
-            logits, draft, draft_row, batch.row_request, *laws, facts, mass, vocab, least, *width, BLOCK=BLOCK, num_warps=8
-        )
-    judge(False)
-    best = logits.new_empty(requests, blocks, dtype=torch.float32)
-    winner = logits.new_empty(requests, blocks, dtype=torch.int64)
-    _race[(requests, blocks)](
-        logits, draft, *laws, batch.seeds, batch.positions, stop, weights, best, winner, vocab, least, *width,
-        FIRST=FIRST_TOKEN, HAS_DRAFT=sampled, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
-    out = logits.new_empty(requests, k + 1, dtype=torch.int64)
-    count = logits.new_empty(requests, dtype=torch.int32)
-    _result[(requests,)](batch.drafts, batch.cu_rows, stop, best, winner, out, count, k, blocks, **sizes, num_warps=1)
-    return out, count
+    step = _Step(rule, batch)
+    step.summarize()
+    if step.sampled and rule.kind == "hsd":
+        step.judge(first=True)
+        step.surplus()
+    step.judge()
+    return step.emit()

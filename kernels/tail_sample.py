@@ -79,7 +79,7 @@ def _gather(
     """Attention over draws begin .. end, tiles tile0 .. tile1 of them: numerator, maximum (base 2), denominator, and
     with MOMENTS the sums of w^2 and w^2 |v|^2."""
     rd = tl.arange(0, DP)
-    bits = 2
+    bits = tail * 0 + 2
     while (1 << bits) < tail:
         bits += 1
     high = (bits // 2).to(tl.uint32)
@@ -193,11 +193,12 @@ def _pilot(
         tl.store(PL + mrow, lse, mask=alive)
         rs = tl.arange(0, SB)
         ok = (rs < active)[:, None] & alive[None, :]
-        at = (1 + rs)[:, None] * MR + mrow[None, :]
-        weight = tl.exp(2 * (tl.load(PL + at, mask=ok, other=float("-inf"), cache_modifier=".cg") - lse[None, :]))
-        at = (1 + rs)[:, None] * 2 * MR + mrow[None, :]
-        s2 = tl.sum(tl.where(ok, weight * tl.load(PM + at, mask=ok, other=0.0, cache_modifier=".cg"), 0.0), 0)
-        n2 = tl.sum(tl.where(ok, weight * tl.load(PM + at + MR, mask=ok, other=0.0, cache_modifier=".cg"), 0.0), 0)
+        level_at = PL + (1 + rs)[:, None] * MR + mrow[None, :]
+        weight = tl.exp(2 * (tl.load(level_at, mask=ok, other=float("-inf"), cache_modifier=".cg") - lse[None, :]))
+        moments = PM + (1 + rs)[:, None] * 2 * MR + mrow[None, :]
+        squares = tl.sum(tl.where(ok, weight * tl.load(moments, mask=ok, other=0.0, cache_modifier=".cg"), 0.0), 0)
+        moments += MR
+        norms = tl.sum(tl.where(ok, weight * tl.load(moments, mask=ok, other=0.0, cache_modifier=".cg"), 0.0), 0)
         token = q0 + mrow // G
         hq = head * G + mrow % G
         level = tl.load(LSE + token * (H * G) + hq, mask=alive, other=0.0)
@@ -205,12 +206,12 @@ def _pilot(
         drawn = b0.to(tl.float32)
         part = tl.sigmoid(tl.log(size / drawn) + lse - level)  # the tail's estimated share of the denominator
         spread = drawn / tl.maximum(drawn - 1, 1.0)
-        need = part * part * spread * (drawn * s2 - 1)
+        need = part * part * spread * (drawn * squares - 1)
         if OUTPUT:
-            at = OUT + token[:, None] * o_tok + hq[:, None] * o_head + rd[None, :]
-            listed = tl.load(at, mask=alive[:, None] & (rd < D)[None, :], other=0.0).to(tl.float32)
+            listed_at = OUT + token[:, None] * o_tok + hq[:, None] * o_head + rd[None, :]
+            listed = tl.load(listed_at, mask=alive[:, None] & (rd < D)[None, :], other=0.0).to(tl.float32)
             both = listed + part[:, None] * (out - listed)
-            trace = spread * (drawn * n2 - tl.sum(out * out, 1))
+            trace = spread * (drawn * norms - tl.sum(out * out, 1))
             need = tl.maximum(need, part * part * trace / tl.maximum(tl.sum(both * both, 1), 1e-30))
         need = tl.max(tl.where(alive, need, 0.0), 0) * factor * factor
         b = tl.ceil(tl.maximum(need, 0.0) / (1 + need / size)).to(tl.int32)

@@ -95,7 +95,7 @@ def _coarse(
             if real:
                 _count(STATS, n, n, n, n, False)
         return
-    q, live = query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
+    q, _ = query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
     rd = tl.arange(0, DP)
     top = tl.full([ROWS], -1e30, tl.float32)
     den = tl.zeros([ROWS], tl.float32)

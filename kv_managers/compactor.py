@@ -39,7 +39,7 @@ class Request:
 
 @dataclass
 class Layer:
-    """One attention layer: its number, its cache, views [num_blocks, H, P, D] of it, its query windows [R, w, Hq, D]."""
+    """One attention layer: its cache, views [num_blocks, H, P, D] of it, its query windows [slots, w, Hq, D]."""
 
     number: int
     cache: Tensor
@@ -57,15 +57,18 @@ class Totals:
     compactions: int = 0
     tokens_kept: int = 0
     tokens_dropped: int = 0
+    blocks_freed: int = 0
     seconds: float = 0.0
 
 
 class Compactor:
     """Evicts for all layers of one KV-cache group."""
 
-    def __init__(self, counts: Counts, *, ring_slots: int, scale: float, fused: Any = None) -> None:
+    def __init__(
+        self, counts: Counts, *, ring_slots: int, scale: float, live: Callable[[], set[str]] = set, fused: Any = None
+    ) -> None:
         self.counts, self.method, self.scale, self.fused = counts, counts.method, scale, fused
-        self.layers: list[Layer] = []
+        self.live, self.layers = live, list[Layer]()
         self.requests: dict[str, Request] = {}
         self.free_rings = list(range(ring_slots))
         self.totals = Totals()
@@ -117,6 +120,8 @@ class Compactor:
             return -1, 0, 0
         if request.ring < 0:
             if not self.free_rings:
+                self.forget(self.live())
+            if not self.free_rings:
                 raise RuntimeError("vllm-ext: more requests await an eviction than planned; lower --max-num-seqs.")
             request.ring = self.free_rings.pop()
         return request.ring, first, row.after
@@ -130,6 +135,7 @@ class Compactor:
         self._move(blocks, survivors, request.start, boundary - kept)
         if positions is not None:
             request.positions = positions.gather(-1, survivors)
+        self.totals.blocks_freed += (boundary - kept - request.start) // self.method.block_size
         request.start = boundary - kept
         request.due = NEVER if self.method.trigger == "prefill_end" else boundary + self.method.stride
         if request.ring >= 0:
@@ -210,6 +216,6 @@ class Compactor:
             layers=tuple(x.number for x in some), n=n, chosen=chosen, seen=end, prompt=row.prompt, budget=kept,
             scale=self.scale, heads=some[0].keys.shape[1], device=blocks.device, gather=gather, query_window=queries,
             held_positions=None if positions is None else positions[part.start : part.stop], held_side=side,
-            weights=lambda i: some[i].weight(), grams=self.grams, state=request.state,
+            weights=(lambda i: some[i].weight()) if self.method.needs_output_weight else None, grams=self.grams, state=request.state,
             fused=None if self.fused is None else self.fused.over(some, blocks, first),
         )  # fmt: skip

@@ -2,12 +2,12 @@
 
 A request of `prompt` tokens of which `n` have been computed keeps, in every layer and KV head of one KV-cache group,
 
-    [0, n)                        before its first eviction,
-    [boundary - kept, n)          after it: the survivors of [0, boundary) lie in the last `kept` slots below the boundary.
+    [0, n)                  before its first eviction,
+    [boundary - kept, n)    after it; the survivors of [0, boundary) lie in the last `kept` slots below the boundary.
 
-The resident slots are always a contiguous end of the request's block table, so the blocks before them can be freed and the
-stock attention kernel reads a shifted table. Data decides which tokens survive, never how many; nothing has to be reported
-back from the worker, and asynchronous scheduling stays safe.
+The resident slots are always a contiguous end of the request's block table, so the blocks before them can be freed and
+the stock attention kernel reads a shifted table. Data decides which tokens survive, never how many; nothing has to be
+reported back from the worker, and asynchronous scheduling stays safe.
 """
 
 from __future__ import annotations
@@ -75,11 +75,14 @@ class Counts:
     def longest_hit(self, prompt: int) -> int | None:
         """Most tokens that a new request may take from the prefix cache; None = any number.
 
-        What eviction writes to stays private, and the queries that score are computed by this request.
+        What eviction writes to stays private, and the queries that score are computed by this request. A prompt that is
+        evicted inside takes none: what it keeps depends on where it is cut into chunks, and a hit would move the cuts.
         """
         first = self.first_event(prompt)
         if first is None:
             return None
+        if first < prompt:
+            return 0
         return max(0, min(self.start(first, prompt), first - self.method.window))
 
     def most_resident(self, longest: int, in_flight: int) -> int:

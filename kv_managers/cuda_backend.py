@@ -1,7 +1,7 @@
 """KV eviction on CUDA: FlashAttention over the resident end of every request's block table, FULL graphs in decode.
 
-What a graph reads lies in buffers of this builder: shifted block tables and lengths, and for every token of the step the place
-of its query among those that will score. Evictions run while metadata is built, between two graphs.
+What a graph reads lies in buffers of this builder: shifted block tables and lengths, and for every token of the step
+the place of its query among those that will score. Evictions run while metadata is built, between two graphs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm_ext.kv_managers.support import Steps, activate, evicting_spec, new_rin
 
 @dataclass
 class EvictionMetadata(FlashAttentionMetadata):
-    """Stock metadata; `places` [T] int32 tell where each token's query is recorded (-1: nowhere), None = nothing to do."""
+    """Stock metadata; `places` [T] int32: where each token's query is recorded (-1: nowhere); None = nothing to do."""
 
     places: torch.Tensor | None = None
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class DefensiveKV(KVMethod):
     """Score: largest attention over window and GQA group, at least the head's mean, times the value's norm.
 
-    Before that, the fewest tokens whose mean attention reaches `mass` are kept (CriticalKV's first stage). Every head keeps
-    equally many tokens; the paper also moves budget between the heads of a layer, which frees no vLLM blocks.
+    Before that, the fewest tokens whose mean attention reaches `mass` are kept (CriticalKV's first stage). Every head
+    keeps equally many tokens; the paper also moves budget between the heads of a layer, which frees no vLLM blocks.
     """
 
     name: ClassVar[str] = "defensive_kv"
@@ -29,7 +29,10 @@ class DefensiveKV(KVMethod):
 
     pool: int = option(5, "tokens of the average pooling", unit="tokens", choices=(1, 3, 5, 7, 9, 13))
     norm: str = option(
-        "l2", "norm of a value behind the output projection; l1 costs a product with it", choices=("l1", "l2"), paper="l1"
+        "l2",
+        "norm of a value behind the output projection; l1 costs a product with it",
+        choices=("l1", "l2"),
+        paper="l1",
     )
     norm_over: str = option(
         "tokens", "what norms are divided by the sum over: tokens (the paper's text) or heads (its code)",

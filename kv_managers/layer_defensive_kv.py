@@ -7,27 +7,22 @@ from typing import Any, ClassVar
 
 from vllm_ext.kv_managers import layer_profile
 from vllm_ext.kv_managers.defensive_kv import DefensiveKV
-from vllm_ext.options import ConfigError, option
+from vllm_ext.options import option
 
 
 @dataclass(frozen=True)
 class LayerDefensiveKV(DefensiveKV):
     """Layers are sorted into classes of equally many; each class keeps its share of the budget, as `profile` says.
 
-    The paper takes the best tokens of all layers of a prompt together. Here how many stay must not depend on the prompt, so
-    the layers' shares are measured once, over texts, with the same scores (`vllm-ext train layers`).
+    The paper takes the best tokens of all layers of a prompt together. Here how many stay must not depend on the
+    prompt, so the layers' shares are measured once, over texts, with the same scores (`vllm-ext train layers`).
     """
 
     name: ClassVar[str] = "layer_defensive_kv"
 
-    profile: str = option("", "JSON file of `vllm-ext train layers`: the layers' shares of the budget")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.profile:
-            raise ConfigError(
-                "layer_defensive_kv.profile is empty; give it the file that `vllm-ext train layers` writes for the model."
-            )
+    profile: str = option(
+        "", "file of `vllm-ext train layers`: the layers' shares of the budget; or the name of a shipped one"
+    )
 
     def layer_shares(self, layers: int) -> list[float]:
         return layer_profile.load(self.profile).for_layers(layers)

@@ -56,13 +56,16 @@ class LayerProfile:
 
 
 def load(path: str | Path) -> LayerProfile:
-    """Read a profile.
+    """Read a profile: a file, or the name of a model whose profile this package brings (e.g. smollm2-135m).
 
     Raises:
         ConfigError: no such file, or not a profile.
     """
+    if not path:
+        raise ConfigError(f"{OPTION} is empty; give it the file that `vllm-ext train layers` writes.")
+    shipped = Path(__file__).parent / "artefacts" / path / "layers.json"
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads((shipped if shipped.is_file() else Path(path)).read_text())
         if data.pop("format") != FORMAT:
             raise ValueError
         return LayerProfile(tuple(float(s) for s in data.pop("shares")), data.pop("model"), data)

@@ -1,8 +1,8 @@
 """What a KV-cache eviction method declares: its options, when it evicts, how many tokens stay, and how tokens score.
 
 A method is a frozen dataclass: the fields are the options of the command line, `trigger` says when tokens are evicted,
-`budget_for` how many stay, `score` which. The engine does the rest (`counts.py`, `spec.py`, `compactor.py`). No torch or
-vLLM import here: the classes are read while vLLM's command line is being built.
+`budget_for` how many stay, `score` which. The engine does the rest (`counts.py`, `spec.py`, `compactor.py`). No torch
+or vLLM import here: the classes are read while vLLM's command line is being built.
 """
 
 from __future__ import annotations
@@ -62,11 +62,15 @@ class KVMethod:
     def __post_init__(self) -> None:
         name, block = self.plugin_name(), self.block_size
         if self.budget is None and self.ratio is None:
-            raise ConfigError(f"{name} needs a budget; set {name}.budget (tokens) or {name}.ratio (share of the prompt).")
+            raise ConfigError(
+                f"{name} needs a budget; set {name}.budget (tokens) or {name}.ratio (share of the prompt)."
+            )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ConfigError(f"{name}.ratio must be above 0 and at most 1, got {self.ratio}.")
         if self.trigger == "streaming" and self.budget is None:
-            raise ConfigError(f"{name} evicts inside the prompt and needs a fixed {name}.budget in tokens, not a ratio.")
+            raise ConfigError(
+                f"{name} evicts inside the prompt and needs a fixed {name}.budget in tokens, not a ratio."
+            )
         if self.budget is not None and self.budget % block:
             raise ConfigError(f"{name}.budget must be a multiple of {name}.block_size ({block}), got {self.budget}.")
         if self.trigger != "prefill_end" and self.stride % block:

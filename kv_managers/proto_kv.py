@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ProtoKV(KVMethod):
     """Score: the token's cluster by what the window sees of it; the last cluster that fits is cut by attention.
 
-    Anchors (tokens unlike their neighbours) get prototypes by random hashing, the others by even chunks. The paper sums raw
-    logits over a cluster, which favours large ones; the default here is the mean attention probability.
+    Anchors (tokens unlike their neighbours) get prototypes by random hashing, the others by even chunks. The paper
+    sums raw logits over a cluster, which favours large ones; the default here is the mean attention probability.
     """
 
     name: ClassVar[str] = "proto_kv"

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class RKV(KVMethod):
     """Score: `mix * importance - (1 - mix) * redundancy`.
 
-    importance: attention of the window, mean over window and GQA group, max-pooled over tokens. redundancy: softmax over
-    the tokens of their mean cosine to the others, where a token's `recent` newest near-duplicates (cosine above
-    `threshold`) do not count, so that the newest of a repeated group stays.
+    importance: attention of the window, mean over window and GQA group, max-pooled over tokens. redundancy: softmax
+        over the tokens of their mean cosine to the others, where a token's `recent` newest near-duplicates (cosine
+        above `threshold`) do not count, so that the newest of a repeated group stays.
     """
 
     name: ClassVar[str] = "r_kv"

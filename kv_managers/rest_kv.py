@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ReSTKV(KVMethod):
     """Score: `a / (1 - a) * ||(o - v) W_O||^tau` with attention smoothed over the window, pooled along its drift.
 
-    The published code keeps a set per query head. A KV cache holds one per KV head, so scores are reduced over the GQA group
-    (this package's choice).
+    The published code keeps a set per query head. A KV cache holds one per KV head, so scores are reduced over the GQA
+    group (this package's choice).
     """
 
     name: ClassVar[str] = "rest_kv"

@@ -1,7 +1,7 @@
 """Scheduler side: the KV-cache spec of compressed layers and the manager that frees their blocks.
 
-vLLM finds the manager through the spec's class (`KVCacheSpecRegistry`). Both run in the engine-core process and see counts
-only (`counts.py`).
+vLLM finds the manager through the spec's class (`KVCacheSpecRegistry`). Both run in the engine-core process and see
+counts only (`counts.py`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class EvictionSpec(FullAttentionSpec):
 
 
 class EvictionManager(FullAttentionManager):
-    """Frees the blocks before a request's first resident slot, and keeps what eviction writes out of the prefix cache."""
+    """Frees the blocks before a request's first resident slot; what eviction writes stays out of the prefix cache."""
 
     kv_cache_spec: EvictionSpec
 
@@ -75,7 +75,7 @@ class EvictionManager(FullAttentionManager):
         self._processed: dict[str, tuple[int, int]] = {}
 
     @classmethod
-    def find_longest_cache_hit(  # type: ignore[override]
+    def find_longest_cache_hit(
         cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: Any,
         kv_cache_spec: EvictionSpec, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
@@ -87,9 +87,7 @@ class EvictionManager(FullAttentionManager):
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
 
-    def cache_blocks(
-        self, request: Any, num_tokens: int, retention_interval: int | None = None, **kwargs: Any
-    ) -> None:
+    def cache_blocks(self, request: Any, num_tokens: int, retention_interval: int | None = None, **kwargs: Any) -> None:
         """Publish full-precision blocks that no eviction will write to."""
         # After a preemption the length of the prompt cannot be told from the lookup any more: recompute all of it.
         request.skip_reading_prefix_cache = True

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamingLLM(KVMethod):
-    """Score: the position. Keys keep the positions they were computed at; the paper re-numbers them inside the cache."""
+    """Score: the position. Keys keep the position they were computed at; the paper re-numbers them in the cache."""
 
     name: ClassVar[str] = "streaming_llm"
     trigger: ClassVar[Trigger] = "streaming"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_ext import kv_metrics
 from vllm_ext.kv_managers import rows
 from vllm_ext.kv_managers.compactor import Compactor, Layer
 from vllm_ext.kv_managers.counts import Counts
@@ -68,7 +69,8 @@ def ring_slots(method: KVMethod, vllm_config: VllmConfig) -> int:
     """Requests whose query windows are held at once.
 
     One-shot methods hold a window from the last chunk of a prompt to the next step. Prefix hits stop `budget` tokens
-    before the end of a prompt, so that many tokens of a step belong to each prompt that ends in it, but for the last one.
+    before the end of a prompt, so that many tokens of a step belong to each prompt that ends in it, but for the last
+    one.
     """
     if not method.needs_queries:
         return 0
@@ -80,7 +82,7 @@ def ring_slots(method: KVMethod, vllm_config: VllmConfig) -> int:
 
 
 def new_ring(impl: Any, dtype: torch.dtype) -> Tensor | None:
-    """[slots, window, Hq, D] query windows of one layer; made with the weights, so that vLLM's memory profile sees it."""
+    """[slots, window, Hq, D] query windows of a layer; made with the weights, so that the memory profile sees it."""
     if _active is None or not _active[0].needs_queries:
         return None
     method, cfg = _active
@@ -107,7 +109,10 @@ class Steps:
         method = self.counts.method
         slots = ring_slots(method, self.vllm_config)
         impl = self._attention()[self.names[0]].impl
-        self.compactor = Compactor(self.counts, ring_slots=slots, scale=impl.scale, fused=self.fused)
+        self.compactor = Compactor(
+            self.counts, ring_slots=slots, scale=impl.scale, live=lambda: rows.live(rows.runner()), fused=self.fused
+        )
+        self.publisher = kv_metrics.Publisher(self.vllm_config, self.names[0])
         self.steps = 0
 
     def _attention(self) -> dict[str, Any]:
@@ -137,10 +142,18 @@ class Steps:
                 ring, first, end = self.compactor.record_range(row)
                 if end > first:
                     records.append((first_token[r] + first - row.before, ring, first, end - first))
+        self.publisher.publish(self._totals())
         self.steps += 1
         if self.steps % 256 == 0:
             self.compactor.forget(rows.live(runner))
         return starts, records
+
+    def _totals(self) -> dict[str, float]:
+        t = self.compactor.totals
+        return {
+            "kv_compactions": t.compactions, "kv_tokens_kept": t.tokens_kept, "kv_tokens_dropped": t.tokens_dropped,
+            "kv_blocks_freed": t.blocks_freed, "kv_compaction_seconds": t.seconds,
+        }  # fmt: skip
 
     def _layers(self, runner: Any) -> list[Layer]:
         from vllm.model_executor.models.utils import extract_layer_index
@@ -175,7 +188,8 @@ def _output_weight(runner: Any, name: str, impl: Any) -> Callable[[], Tensor]:
 
 def record_index(records: list[tuple[int, int, int, int]], window: int) -> tuple[list[int], list[int]]:
     """Tokens of the batch and the rows of the flattened ring [slots * window] that take their queries."""
-    tokens, places = [], []
+    tokens: list[int] = []
+    places: list[int] = []
     for token, ring, first, count in records:
         tokens += range(token, token + count)
         places += [ring * window + (first + i) % window for i in range(count)]
@@ -183,7 +197,7 @@ def record_index(records: list[tuple[int, int, int, int]], window: int) -> tuple
 
 
 def store_side(side: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-    """Write the first rows of `values` [tokens, H, S] to the slots of a step; slot -1 (padding) goes to the null block."""
+    """Write the first rows of `values` [tokens, H, S] to the slots of a step; padding (-1) goes to the null block."""
     slots, page = slot_mapping.clamp(min=0), side.shape[2]
     heads = torch.arange(side.shape[1], device=side.device)[None]
     side[(slots // page)[:, None], heads, (slots % page)[:, None]] = values[: slots.shape[0]]

@@ -24,8 +24,8 @@ class ThinkKV(KVMethod):
     execution or reasoning, in order of importance. A segment is typed when it ends and the type acts one segment later.
     The prompt counts as reasoning, and so does every segment where no `type_layers` are given.
 
-    Two deviations. How many tokens stay must not depend on the text: the schedule decides which segments pay, and is cut or
-    eased to the `budget` exactly. And tokens are evicted, not quantized: all keys keep the cache's one dtype.
+    Two deviations. How many tokens stay must not depend on the text: the schedule decides which segments pay, and is
+    cut or eased to the `budget` exactly. And tokens are evicted, not quantized: all keys keep the cache's one dtype.
     """
 
     name: ClassVar[str] = "think_kv"
@@ -44,9 +44,7 @@ class ThinkKV(KVMethod):
         super().__post_init__()
         sizes = list(self.schedule)
         if sizes != sorted(set(sizes), reverse=True) or not sizes or sizes[0] > self.stride:
-            raise ConfigError(
-                f"think_kv.schedule must fall, from at most think_kv.stride ({self.stride}), got {sizes}; e.g. [64,32,16,8,4]."
-            )
+            raise ConfigError(f"think_kv.schedule must fall from at most think_kv.stride ({self.stride}), got {sizes}.")
         if self.low > self.high:
             raise ConfigError(f"think_kv.low ({self.low}) must not exceed think_kv.high ({self.high}); lower it.")
 

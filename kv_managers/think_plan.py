@@ -26,9 +26,7 @@ def sparsity(view: KVView, wanted: Sequence[int]) -> list[Tensor]:
     return list(formula.sparsity(attention, visible))
 
 
-def scores(
-    view: KVView, types: Mapping[int, int], stride: int, schedule: Sequence[int], sinks: int
-) -> Tensor:
+def scores(view: KVView, types: Mapping[int, int], stride: int, schedule: Sequence[int], sinks: int) -> Tensor:
     """1 for exactly `view.budget` of the `view.chosen` tokens, 0 for the others: [L, H, n] fp32.
 
     Every layer and head holds equally many tokens of a segment, so the plan is one for all.

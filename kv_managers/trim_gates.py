@@ -70,6 +70,7 @@ class TrimGates:
         meta["model"] = json.dumps(self.model)
         part = path.with_suffix(".part")
         save_file({k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}, part, metadata=meta)
+        part.chmod(0o644)  # safetensors makes files that only their owner reads
         part.replace(path)
 
 
@@ -99,7 +100,9 @@ def load(path: Path | str, option: str = "trim_kv.gates") -> TrimGates:
     for name, shape in gates.shapes().items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
-            raise ConfigError(f"{option} '{path}': tensor '{name}' must have shape {shape}, found {found}; train again.")
+            raise ConfigError(
+                f"{option} '{path}': tensor '{name}' must have shape {shape}, found {found}; train again."
+            )
     return gates
 
 

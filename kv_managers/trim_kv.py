@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class TrimKV(KVMethod):
     """Score: `(now - position) * log beta`, with `log beta` from a gate on the input of the token's attention block.
 
-    No query is read and a token is judged when it is made, so prompts are compressed while they are read and memory stays
-    below `budget + stride` and a step's tokens. What no later text can foretell is lost: exact lookups suffer first.
+    No query is read and a token is judged when it is made, so prompts are compressed while they are read and memory
+    stays below `budget + stride` and a step's tokens. What no later text can foretell is lost: exact lookups suffer
+    first.
     """
 
     name: ClassVar[str] = "trim_kv"

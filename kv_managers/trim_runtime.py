@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_ext.kernels.kv_score_trim import log_retention
+from vllm_ext.kv_managers.support import side_cache
 from vllm_ext.options import ConfigError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def _(x: Tensor, out: Tensor, layer: str) -> None:
 
 
 def attach(method: TrimKV, worker: Any) -> None:
-    """Install the gates when the worker has loaded its model, before anything is compiled or profiled."""
-    load = worker.load_model
+    """Install the gates when the worker has loaded its model, and their cache before any graph is captured."""
+    load, warm_up = worker.load_model, worker.compile_or_warm_up_model
 
     @functools.wraps(load)
     def load_model(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +41,20 @@ def attach(method: TrimKV, worker: Any) -> None:
         install(method, worker.vllm_config, worker.model_runner.get_model())
         return done
 
-    worker.load_model = load_model
+    @functools.wraps(warm_up)
+    def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+        for layer in _attention(worker.vllm_config).values():
+            side_cache(layer, method)
+        return warm_up(*args, **kwargs)
+
+    worker.load_model, worker.compile_or_warm_up_model = load_model, compile_or_warm_up_model
+
+
+def _attention(vllm_config: Any) -> dict[str, Any]:
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    return get_layers_from_vllm_config(vllm_config, Attention)
 
 
 def install(method: TrimKV, vllm_config: Any, model: Any) -> None:
@@ -49,14 +63,12 @@ def install(method: TrimKV, vllm_config: Any, model: Any) -> None:
     Raises:
         ConfigError: the model's attention blocks have no `qkv_proj`.
     """
-    from vllm.config import get_layers_from_vllm_config
     from vllm.distributed import get_tensor_model_parallel_rank
-    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
     gates = method.load_gates(vllm_config.model_config.hf_text_config)
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
+    for name, layer in _attention(vllm_config).items():
         block = model.get_submodule(name.rsplit(".", 1)[0])
         if not hasattr(block, "qkv_proj"):
             raise ConfigError(

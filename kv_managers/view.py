@@ -54,13 +54,16 @@ class KVView:
         side: Tensor | None = None, output_weights: Sequence[Tensor] | None = None,
         layers: Sequence[int] | None = None,
     ) -> KVView:  # fmt: skip
-        """A view over plain tensors: keys, values [L, H, n, D], queries [L, w, Hq, D], output_weights L x [Hq, D, hidden]."""
+        """A view over plain tensors: keys, values [L, H, n, D], queries [L, w, Hq, D], output_weights L x [Hq, D,
+        hidden].
+        """
         count, heads, n, _ = keys.shape
         return cls(
             layers=tuple(layers or range(count)), n=n, chosen=n if chosen is None else chosen,
             seen=n if seen is None else seen, prompt=n if prompt is None else prompt, budget=budget, scale=scale,
-            heads=heads, device=keys.device, gather=lambda: (keys, values), query_window=queries, held_positions=positions, held_side=side,
-            weights=None if output_weights is None else lambda i: output_weights[i],
+            heads=heads, device=keys.device, gather=lambda: (keys, values), query_window=queries,
+            held_positions=positions, held_side=side, weights=None if output_weights is None else lambda i:
+            output_weights[i],
         )  # fmt: skip
 
     @cached_property

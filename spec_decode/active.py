@@ -10,7 +10,7 @@ from vllm_ext.spec_decode.method import DrafterMethod, LengthMethod, SpecMethod,
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_ext.spec_decode.tables import LookupDrafter
+    from vllm_ext.spec_decode.tables import LookupDrafter, LookupSettings
 
 TENANT = "vllm_ext_tenant"
 """Key in `SamplingParams.extra_args`: whose text a request is; the engine sets it to the request's cache salt."""
@@ -26,6 +26,16 @@ def drafter(vllm_config: VllmConfig) -> DrafterMethod | None:
     """The drafter, or None."""
     found = methods(vllm_config).get("drafter")
     return found if isinstance(found, DrafterMethod) else None
+
+
+def lookup(vllm_config: VllmConfig) -> LookupSettings:
+    """The settings of the selected drafter's look-ups."""
+    method = drafter(vllm_config)
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    settings = method.lookup(scheduler.max_num_seqs, model.max_model_len) if method else None
+    if settings is None:
+        raise RuntimeError("the selected drafter looks nothing up")
+    return settings
 
 
 def verifier(vllm_config: VllmConfig) -> VerifierMethod | None:

@@ -1,15 +1,15 @@
-"""Suffix automaton of a growing text, in flat arrays, compiled by numba (Blumer et al. 1985; Hu et al., SAM-Decoding, 2024).
+"""Suffix automaton of a growing text, in flat arrays, compiled by numba (Blumer et al., 1985; SAM-Decoding, 2024).
 
 An automaton lives in four arrays, so that thousands of them need no Python objects and no lock:
 
-    states [5, S] int32   rows LINK, LENGTH, FIRST, RECENT, HEAD: suffix link, longest string, ends of the first and of a
-                          recent occurrence (text positions, exclusive), first edge of the state
-    edges [4, E] int32    rows SOURCE, TOKEN, TARGET, NEXT: open addressing below finds an edge, NEXT chains a state's edges
-    table [H] int32       hash of (SOURCE, TOKEN) -> edge, -1 = empty; only the first `meta[MASK] + 1` entries are in use
-    meta [6] int64        counts of states and edges, the state of the whole text, its length, hash mask, root of the text
+    states [5, S] int32   rows LINK, LENGTH, FIRST, RECENT, HEAD: suffix link, longest string, ends of the first and
+                          of a recent occurrence (text positions, exclusive), first edge of the state
+    edges [4, E] int32    rows SOURCE, TOKEN, TARGET, NEXT: the table finds an edge, NEXT chains a state's edges
+    table [H] int32       hash of (SOURCE, TOKEN) -> edge, -1 = empty; the first `meta[MASK] + 1` entries are in use
+    meta [6] int64        counts of states and edges, the state of the whole text, its length, hash mask, root
 
-A text of n tokens makes at most 2 n states and 3 n edges. Several texts may share the arrays, each under a root of its own:
-states of one root are never reached from another. Appending costs O(1) amortised.
+A text of n tokens makes at most 2 n states and 3 n edges. Several texts may share the arrays, each under a root of its
+own: states of one root are never reached from another. Appending costs O(1) amortised.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def has_room(states, edges, tokens):
 
 @njit(nogil=True)
 def _split(states, edges, table, meta, parent, token, target):
-    """A copy of `target` for the strings that are one longer than those of `parent`; edges on the path are redirected."""
+    """A copy of `target` for the strings one longer than those of `parent`; edges on the path are redirected."""
     twin = _new_state(states, meta, states[LENGTH, parent] + 1, states[FIRST, target])
     states[LINK, twin] = states[LINK, target]
     states[RECENT, twin] = states[RECENT, target]
@@ -178,7 +178,7 @@ def start_text(meta, root):
 
 @njit(nogil=True)
 def append_shared(states, edges, table, meta, token):
-    """`append` for the second and later texts of a root, whose beginning may be known already (generalised automaton)."""
+    """`append` where an earlier text of the root may begin the same (generalised automaton)."""
     last = meta[LAST]
     edge = find(edges, table, meta, last, token)
     if edge < 0:
@@ -209,7 +209,7 @@ def advance(states, edges, table, meta, root, state, length, token):
 
 @njit(nogil=True)
 def copy_after(text, size, end, out):
-    """`out` = the tokens after position `end` of text[:size], repeated with period `size - end` where the text runs out."""
+    """`out` = the tokens after `end` of text[:size], repeated with period `size - end` where the text runs out."""
     period = size - end
     for i in range(out.shape[0]):
         out[i] = text[end + i % period]

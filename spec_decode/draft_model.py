@@ -22,13 +22,6 @@ class DraftModel(DrafterMethod):
         choices=("greedy", "probabilistic"),
     )
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ConfigError(
-                f"{self.name}.model is empty; name the draft model, e.g. "
-                f"--additional-config.vllm_ext.{self.name}.model DIRECTORY."
-            )
-
     def speculative_config(self, runner: str) -> dict[str, Any]:
         return {
             "method": "draft_model",
@@ -45,6 +38,11 @@ class DraftModel(DrafterMethod):
         """
         from vllm_ext.spec_decode.limits import check_vocabulary
 
+        if not self.model:
+            raise ConfigError(
+                f"{self.name}.model is empty; name the draft model, e.g. "
+                f"--additional-config.vllm_ext.{self.name}.model DIRECTORY."
+            )
         check_vocabulary(self.name, str(engine_args.model), self.model)
 
     def speculator(self, vllm_config: Any, device: Any, req_states: Any) -> Any:

@@ -24,6 +24,15 @@ class Fixed(LengthMethod):
                 "add it there, so that it is captured as a graph."
             )
 
+    def check(self, vllm_config: Any) -> None:
+        super().check(vllm_config)
+        most = vllm_config.speculative_config.num_speculative_tokens
+        if self.drafts > most:
+            raise ConfigError(
+                f"fixed.drafts is {self.drafts}, but the drafter makes at most {most}; raise its "
+                "num_speculative_tokens, or lower fixed.drafts."
+            )
+
     def policy(self, vllm_config: Any) -> Any:
         from vllm_ext.spec_decode.draft_length import FixedPolicy
 

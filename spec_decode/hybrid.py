@@ -54,4 +54,6 @@ class Hybrid(DraftModel):
             shared=self.shared,
             arms=("longest", *(("shared",) if self.shared else ())),
             handicap=self.handicap,
+            min_match=self.switch,
+            model=True,
         )

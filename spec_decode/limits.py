@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_ext.options import ConfigError
 from vllm_ext.spec_decode import active
-from vllm_ext.spec_decode.method import DrafterMethod, SpecMethod, VerifierMethod
+from vllm_ext.spec_decode.method import DrafterMethod, LengthMethod, SpecMethod, VerifierMethod
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,6 +33,11 @@ def check(method: SpecMethod, cfg: VllmConfig) -> None:
         _check_drafter(method, cfg, runner)
     if isinstance(method, VerifierMethod):
         _check_verifier(method, cfg, runner)
+    if isinstance(method, LengthMethod) and cfg.parallel_config.data_parallel_size > 1:
+        _fail(
+            f"--plugins {method.name} does not support data parallelism: ranks could choose different lengths; run "
+            "separate engines, or drop the plugin."
+        )
 
 
 def _check_drafter(method: DrafterMethod, cfg: VllmConfig, runner: str) -> None:
@@ -40,6 +46,8 @@ def _check_drafter(method: DrafterMethod, cfg: VllmConfig, runner: str) -> None:
             f"--plugins {method.name} runs on model runner {' or '.join(method.runners)} only, and vLLM chose {runner} "
             "here; drop what keeps it from the other one, or take another drafter."
         )
+    if type(method).lookup is not DrafterMethod.lookup and importlib.util.find_spec("numba") is None:
+        _fail(f"--plugins {method.name} needs the package numba, which vLLM also lists; pip install numba.")
     wanted = method.speculative_config(runner)["method"]
     if cfg.speculative_config.method != wanted:
         _fail(
@@ -49,8 +57,8 @@ def _check_drafter(method: DrafterMethod, cfg: VllmConfig, runner: str) -> None:
     masks = cfg.scheduler_config.max_num_seqs * (method.num_speculative_tokens - 1)
     if method.name in ("pard", "hybrid") and masks > cfg.scheduler_config.max_num_batched_tokens:
         _fail(
-            f"{method.name}.num_speculative_tokens needs {masks} mask tokens a step, more than --max-num-batched-tokens "
-            f"{cfg.scheduler_config.max_num_batched_tokens}; raise that, or lower --max-num-seqs."
+            f"{method.name}.num_speculative_tokens needs {masks} mask tokens a step, more than "
+            f"--max-num-batched-tokens {cfg.scheduler_config.max_num_batched_tokens}; raise it or lower --max-num-seqs."
         )
     if cfg.parallel_config.decode_context_parallel_size > 1:
         _fail(f"--plugins {method.name} does not support decode context parallelism; set it to 1.")
@@ -121,5 +129,5 @@ def banner(method: SpecMethod, cfg: VllmConfig) -> dict[str, str]:
         lines["drafts"] = f"up to {spec.num_speculative_tokens} tokens a request and step"
         lines["async scheduling"] = "on" if cfg.scheduler_config.async_scheduling else "off"
     if isinstance(method, VerifierMethod):
-        lines["output law"] = "that of the target model" if method.lossless else "LOSSY: differs from the target model's"
+        lines["output law"] = "the target model's" if method.lossless else "LOSSY: differs from the target model's"
     return lines

@@ -1,10 +1,10 @@
 """One step of the look-up drafters, for all requests, compiled by numba: take in verified tokens, keep score, propose.
 
-An *arm* is a way to continue the text: ARMS below. All of them read the same automata: a request's own, and, if texts are
-shared, two generations of finished outputs; when the younger generation is full, the older one is dropped.
+An *arm* is a way to continue the text: ARMS below. All of them read the same automata: a request's own, and, if texts
+are shared, two generations of finished outputs; when the younger generation is full, the older one is dropped.
 
-With `hedge` the arm is not the one with the longest match but the one with the largest NormalHedge weight: every verified
-token scores all arms first.
+With a hedge the arm is not the one with the longest match but the one with the largest NormalHedge weight: every
+verified token scores all arms first.
 
 `local` is the tuple (states, edges, table, meta, text [P, C] int32, slot [P, 13] int64), `shared` is
 (states, edges, table, meta, text [2, C'] int32, head [2] int64); the first four are the arrays of `automaton`.
@@ -25,11 +25,9 @@ from vllm_ext.spec_decode.automaton import (
     LENGTH,
     LINK,
     RECENT,
-    ROOT,
     SIZE,
     STATES,
     TARGET,
-    TOKEN,
     advance,
     append,
     append_shared,
@@ -39,14 +37,15 @@ from vllm_ext.spec_decode.automaton import (
     start_text,
 )
 
-ARMS = ("longest", "first", "ngram", "shared")
-LONGEST, EARLIEST, NGRAM, SHARED = range(4)
-"""Longest suffix at its most recent occurrence, at its first; a short suffix, most recent; finished outputs."""
+ARMS = ("longest", "first", "ngram", "shared", "model")
+LONGEST, EARLIEST, NGRAM, SHARED, MODEL = range(5)
+"""Longest suffix at its most recent occurrence, at its first; a short suffix, most recent; finished outputs; a draft
+model, which is only scored and counted here."""
 
 TAKEN, PROMPT, TENANT, ARM, HITS = range(5)
 CURSOR = 5
-"""Slot fields: tokens taken in, prompt length, tenant, arm and length of the last proposal; then per generation a cursor
-(epoch, root, state, length)."""
+"""Slot fields: tokens taken in, prompt length, tenant, arm and match of the last proposal; then for each generation a
+cursor (epoch, root, state, length)."""
 WARM = 128
 """Tokens at the end of a text with which a cursor into a new generation starts."""
 
@@ -149,6 +148,8 @@ def _follow(local, shared, p, token):
 @njit(nogil=True)
 def look_up(local, shared, p, arm, ngram):
     """(source, end, length) of an arm's continuation of slot p: source -1 = own text, 0 or 1 = a generation."""
+    if arm == MODEL:
+        return -1, np.int64(0), np.int64(0)
     if arm == SHARED:
         best, source, end = np.int64(0), -1, np.int64(0)
         for g in range(2):
@@ -175,7 +176,7 @@ def look_up(local, shared, p, arm, ngram):
 
 @njit(nogil=True)
 def continuation(local, shared, p, source, end, out):
-    """The tokens after `end` of a source; returns how many there are (the rest of `out` is padded with the last one)."""
+    """The tokens after `end` of a source into `out`, padded with the last one; returns how many there are."""
     if source < 0:
         automaton.copy_after(local[4][p], local[3][p, SIZE], end, out)
         return out.shape[0]
@@ -201,9 +202,14 @@ def choose(local, shared, p, arms, ngram, handicap, min_match):
 
 
 @njit(nogil=True)
-def _score(local, shared, settings, arms, hedge, p, token):
-    """Score all arms on the next verified token, before it is taken in: would they have drafted it?"""
+def _score(local, shared, settings, arms, hedge, p, token, judged):
+    """Score all arms on the next verified token, before it is taken in: would they have drafted it?
+
+    `judged` is the draft model's answer, -1 if it was not asked: then the token scores nobody.
+    """
     floats, ints, cost, acceptance = hedge
+    if settings[5] > 0 and judged < 0:
+        return
     for a in range(arms.shape[0]):
         source, end, length = look_up(local, shared, p, arms[a], settings[0])
         known = length > 0 and length >= settings[2]
@@ -211,6 +217,8 @@ def _score(local, shared, settings, arms, hedge, p, token):
         if known:
             guess = local[4][p, end] if source < 0 else shared[4][source, end]
         acceptance[a] = 1.0 if known and guess == token else 0.0
+        if arms[a] == MODEL:
+            acceptance[a] = float(judged)
     _push(acceptance, cost, floats[p], ints[p], arms.shape[0], settings[4])
 
 
@@ -218,6 +226,8 @@ def _score(local, shared, settings, arms, hedge, p, token):
 def _pick(local, shared, settings, arms, hedge, p):
     """As `choose`; the arm with the largest weight, if it has something to say."""
     arm = arms[_leader(hedge[0][p], arms.shape[0])]
+    if arm == MODEL:
+        return -1, -1, np.int64(0), np.int64(0)
     source, end, length = look_up(local, shared, p, arm, settings[0])
     if length > 0 and length >= settings[2]:
         return arm, source, end, length
@@ -234,17 +244,18 @@ def _count(counters, arm, verified, accepted):
 
 
 @njit(nogil=True)
-def step(local, shared, settings, arms, hedge, requests, tokens, drafts, matched, counters):
+def step(local, shared, settings, arms, hedge, requests, tokens, judged, drafts, matched, counters):
     """One step.
 
     Args:
-        settings: [5] int64: n-gram length, handicap of shared texts, shortest match, whether texts are shared, horizon
-            of the hedge (0 = longest match).
+        settings: [6] int64: n-gram length, handicap of shared texts, shortest match, whether texts are shared, horizon
+            of the hedge (0 = longest match), whether a model drafts where no look-up does.
         arms: [A] int64, the arms that may be used.
         hedge: state of `normal_hedge` by slot (floats [P, F], ints [P, I]), cost [A] and scratch [A], float64.
         requests: [R, 5] int64: slot, row of `tokens`, verified length (0 = nothing was sampled), drafts verified in
             this step, slot to record before it (-1 = none).
         tokens: [rows, length] int32.
+        judged: [R, J] int32: whether the model would have drafted the newly verified tokens (1, 0; -1 = not asked).
         drafts: [R, K] int64 and matched: [R] int32, written.
         counters: [len(ARMS), 3 + K] int64, added to.
     """
@@ -263,9 +274,11 @@ def step(local, shared, settings, arms, hedge, requests, tokens, drafts, matched
         fresh = length - slot[TAKEN]
         if verified > 0 and slot[HITS] > 0 and fresh > 0:
             _count(counters, slot[ARM], verified, min(fresh - 1, verified))
-        for i in range(slot[TAKEN], length):
+        start = slot[TAKEN]
+        for i in range(start, length):
             if settings[4] > 0 and i >= slot[PROMPT]:
-                _score(local, shared, settings, arms, hedge, p, tokens[row, i])
+                bit = judged[r, i - start] if i - start < judged.shape[1] else np.int32(-1)
+                _score(local, shared, settings, arms, hedge, p, tokens[row, i], bit)
             _remember(local, p, tokens[row, i])
             if share:
                 _follow(local, shared, p, tokens[row, i])
@@ -278,4 +291,6 @@ def step(local, shared, settings, arms, hedge, requests, tokens, drafts, matched
         else:
             continuation(local, shared, p, source, end, drafts[r])
         matched[r] = hits
-        slot[ARM], slot[HITS] = max(arm, 0), hits
+        slot[ARM], slot[HITS] = arm, hits
+        if arm < 0 and settings[5] > 0:
+            slot[ARM], slot[HITS] = MODEL, 1

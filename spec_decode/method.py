@@ -20,6 +20,11 @@ class SpecMethod:
     name: ClassVar[str]
     part: ClassVar[Literal["drafter", "verifier", "length", "selector"]]
 
+    @property
+    def kind(self) -> str:
+        """Its kind in plugins.yaml: the part that it fills."""
+        return self.part
+
     def engine_args(self) -> dict[str, Any]:
         """Stock vLLM engine arguments that this plugin needs."""
         return {}
@@ -77,7 +82,7 @@ class LengthMethod(SpecMethod):
 
     def engine_args(self) -> dict[str, Any]:
         """The scheduler that asks the policy, and every draft count in vLLM's schedule, so that it is captured."""
-        counts = sorted({0, *self.lengths})
+        counts = sorted({0, *self.lengths}, reverse=True)  # few requests at a time: the longest are kept
         ranges = [[i + 1, i + 1, n] for i, n in enumerate(counts)]
         return {
             "speculative_config": {"num_speculative_tokens_per_batch_size": ranges},

@@ -82,7 +82,7 @@ class Drafter(Protocol):
     """
 
     def add(self, request: str, tokens: Sequence[int], prompt: int, tenant: str | None = None) -> None:
-        """A request begins with `tokens`, the first `prompt` of them its prompt; tenants never see each other's texts."""
+        """A request begins with `tokens`, `prompt` of them its prompt; tenants never see each other's texts."""
         ...
 
     def remove(self, request: str, finished: bool = True) -> None:

@@ -13,26 +13,28 @@ from vllm_ext.spec_decode import active
 from vllm_ext.spec_decode.history import AcceptanceHistory
 from vllm_ext.spec_decode.protocols import LengthInput
 
+_Base: Any = object
 
-class _Speculation:
+
+class _Speculation(_Base):
     """Asks the length policy once a step; one draft count for the whole batch, so that the step stays a full graph."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.vllm_config  # type: ignore[attr-defined]
+        config = self.vllm_config
         method = active.length(config)
-        if method is None or not self.num_spec_tokens:  # type: ignore[has-type]
+        if method is None or not self.num_spec_tokens:
             return
         self.spec_policy = method.policy(config)
-        self.spec_choices = method.choices(self.num_spec_tokens)  # type: ignore[has-type]
-        self.spec_history = AcceptanceHistory(self.num_spec_tokens)  # type: ignore[has-type]
+        self.spec_choices = method.choices(self.num_spec_tokens)
+        self.spec_history = AcceptanceHistory(self.num_spec_tokens)
         self.spec_outcomes: list[tuple[int, int]] = []
         self.spec_clock = time.perf_counter()
-        self.dynamic_sd_lookup = self  # type: ignore[assignment]  # asked `[batch size]` once a step
+        self.dynamic_sd_lookup = self  # asked `[batch size]` once a step
 
     def __getitem__(self, batch_size: int) -> int:
         """Drafts that each request of the step's batch gets next."""
-        running = [r for r in self.running if not r.is_prefill_chunk]  # type: ignore[attr-defined]
+        running = [r for r in self.running if not r.is_prefill_chunk]
         if not running:
             return self.spec_choices[-1]
         known = LengthInput(
@@ -44,29 +46,34 @@ class _Speculation:
         return int(self.spec_policy.choose(known).max())
 
     def make_spec_decoding_stats(
-        self, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, num_invalid: Any, request_id: str
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: Any,
+        request_id: str,
     ) -> Any:
         """As vLLM's; notes what became of a request's drafts."""
         if hasattr(self, "spec_history"):
             self.spec_history.note(request_id, num_draft_tokens, num_accepted_tokens)
             self.spec_outcomes.append((num_draft_tokens, num_accepted_tokens))
-        return super().make_spec_decoding_stats(  # type: ignore[misc]
-            stats,
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
             num_draft_tokens=num_draft_tokens,
             num_accepted_tokens=num_accepted_tokens,
-            num_invalid_spec_tokens=num_invalid,
+            num_invalid_spec_tokens=num_invalid_spec_tokens,
             request_id=request_id,
         )
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; reports the step to the policy."""
-        result = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        result = super().update_from_output(*args, **kwargs)
         if hasattr(self, "spec_history"):
             now = time.perf_counter()
             drafted, accepted = np.array(self.spec_outcomes or [(0, 0)], np.int64).T
             self.spec_policy.observe(drafted, accepted, now - self.spec_clock)
             self.spec_clock, self.spec_outcomes = now, []
-            self.spec_history.keep(self.requests)  # type: ignore[attr-defined]
+            self.spec_history.keep(self.requests)
         return result
 
     def add_request(self, request: Any) -> None:
@@ -74,7 +81,7 @@ class _Speculation:
         parameters = request.sampling_params
         if parameters is not None and request.cache_salt is not None:
             parameters.extra_args = {**(parameters.extra_args or {}), active.TENANT: request.cache_salt}
-        super().add_request(request)  # type: ignore[misc]
+        super().add_request(request)
 
 
 class SpeculationScheduler(_Speculation, Scheduler):

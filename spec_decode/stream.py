@@ -64,7 +64,7 @@ def run_block(block):
         _i32(block, 6, (2, 5, s)), _i32(block, 7, (2, 4, e)), _i32(block, 8, (2, h)), _i64(block, 9, (2, 6)),
         _i32(block, 10, (2, c)), _i64(block, 11, (2,)),
     )  # fmt: skip
-    settings, arms = _i64(block, 12, (5,)), _i64(block, 23, (block[24],))
+    settings, arms = _i64(block, 12, (6,)), _i64(block, 23, (block[24],))
     n = block[24]
     hedge = (
         _f64(block, 40, (p, block[41])), _i64(block, 42, (p, block[43])), _f64(block, 44, (n,)), _f64(block, 45, (n,)),
@@ -78,14 +78,15 @@ def run_block(block):
     _clock_gettime(_MONOTONIC, clock.ctypes)
     for r in range(block[39]):
         requests[r, 2] = total[requests[r, 1]] if sampled[r] > 0 else 0
-    lookup.step(local, shared, settings, arms, hedge, requests, tokens, drafts, matched, counters)
+    judged = _i32(block, 47, (block[32], block[48]))
+    lookup.step(local, shared, settings, arms, hedge, requests, tokens, judged, drafts, matched, counters)
     _clock_gettime(_MONOTONIC, clock[2:].ctypes)
     _f64(block, 46, (1,))[0] += (clock[2] - clock[0]) + (clock[3] - clock[1]) * 1e-9
 
 
 @cfunc(types.void(types.CPointer(types.int64)))
 def _callback(pointer):
-    run_block(carray(pointer, (47,)))
+    run_block(carray(pointer, (49,)))
 
 
 def _driver() -> Any:
@@ -105,8 +106,9 @@ class _Block:
         self.matched = torch.zeros(requests, dtype=torch.int32, pin_memory=pin)
         self.total = torch.zeros(tokens.shape[0], dtype=torch.int32, pin_memory=pin)
         self.sampled = torch.zeros(requests, dtype=torch.int32, pin_memory=pin)
+        self.judged = torch.full((requests, k + 1), -1, dtype=torch.int32, pin_memory=pin)
         self.done = torch.cuda.Event() if pin else None
-        self.words = words = np.zeros(47, np.int64)
+        self.words = words = np.zeros(49, np.int64)
         local, shared = drafter.local, drafter.shared
         arrays = [*local, *shared, drafter.numbers]
         words[:13] = [a.ctypes.data for a in arrays]
@@ -121,6 +123,7 @@ class _Block:
         floats, ints, cost, scratch = drafter.hedge
         words[40:44] = [floats.ctypes.data, floats.shape[1], ints.ctypes.data, ints.shape[1]]
         words[44:47] = [cost.ctypes.data, scratch.ctypes.data, drafter.seconds.ctypes.data]
+        words[47:49] = [self.judged.data_ptr(), k + 1]
         words[36:39] = [self.matched.data_ptr(), self.total.data_ptr(), self.sampled.data_ptr()]
 
 
@@ -148,6 +151,7 @@ class StreamStep:
         num_sampled: torch.Tensor,
         drafts: torch.Tensor,
         matched: torch.Tensor | None = None,
+        judged: torch.Tensor | None = None,
     ) -> None:
         """Enqueue one step.
 
@@ -156,6 +160,7 @@ class StreamStep:
             count: R, rows that are requests of the batch.
             num_sampled: [R] on the GPU; 0 = nothing was sampled.
             drafts: [R, K] int64 and matched: [R] int32 on the GPU, written in stream order.
+            judged: [R, K + 1] int32 on the GPU, see `lookup.step`; None = no model.
         """
         block = self._blocks[self._next]
         self._next = (self._next + 1) % DEPTH
@@ -165,6 +170,8 @@ class StreamStep:
         block.words[32], block.words[39] = len(table), count
         block.total.copy_(self._total, non_blocking=True)
         block.sampled[:count].copy_(num_sampled[:count].to(torch.int32), non_blocking=True)
+        if judged is not None:
+            block.judged[:count].copy_(judged, non_blocking=True)
         if self._library is None:
             run_block(block.words)
         else:

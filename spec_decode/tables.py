@@ -34,6 +34,7 @@ class LookupSettings:
         ngram: longest suffix that the arm `ngram` looks for.
         handicap: by how many tokens a match in finished outputs must be longer than one in the request's own text.
         min_match: shortest match that is used.
+        model: whether a model drafts where no look-up does.
         hedge: choose the arm by NormalHedge weights: "" = no, "request" or "tenant" = whose record counts.
     """
 
@@ -46,6 +47,7 @@ class LookupSettings:
     handicap: int = 5
     min_match: int = 1
     hedge: str = ""
+    model: bool = False
 
 
 class LookupDrafter:
@@ -69,7 +71,8 @@ class LookupDrafter:
             automaton.clear(self.shared[0][g], self.shared[2][g], self.shared[3][g])
         horizon = settings.drafts if settings.hedge else 0
         self.numbers = np.array(
-            [settings.ngram, settings.handicap, settings.min_match, settings.shared > 0, horizon], np.int64
+            [settings.ngram, settings.handicap, settings.min_match, settings.shared > 0, horizon, settings.model],
+            np.int64,
         )
         self.arms = np.array([lookup.ARMS.index(a) for a in settings.arms], np.int64)
         self.counters = np.zeros((len(lookup.ARMS), 3 + settings.drafts), np.int64)
@@ -157,10 +160,18 @@ class LookupDrafter:
         table[: len(retired), 4] = retired
         return table
 
-    def step(self, table: np.ndarray, tokens: np.ndarray, drafts: np.ndarray, matched: np.ndarray) -> None:
-        """Run `lookup.step`; `drafts` and `matched` have as many rows as `table`."""
+    def step(
+        self,
+        table: np.ndarray,
+        tokens: np.ndarray,
+        drafts: np.ndarray,
+        matched: np.ndarray,
+        judged: np.ndarray | None = None,
+    ) -> None:
+        """Run `lookup.step`; `drafts`, `matched` and `judged` have as many rows as `table`."""
+        if judged is None:
+            judged = np.full((len(table), 1), -1, np.int32)
         began = time.perf_counter()
-        lookup.step(
-            self.local, self.shared, self.numbers, self.arms, self.hedge, table, tokens, drafts, matched, self.counters
-        )
+        parts = (self.local, self.shared, self.numbers, self.arms, self.hedge)
+        lookup.step(*parts, table, tokens, judged, drafts, matched, self.counters)
         self.seconds[0] += time.perf_counter() - began

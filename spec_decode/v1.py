@@ -20,8 +20,7 @@ class Proposer:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        drafter = active.drafter(vllm_config)
-        settings = drafter.lookup(vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
+        settings = active.lookup(vllm_config)
         self.limit = settings.drafts
         self.drafter = LookupDrafter(settings)
         self.drafter.compile()

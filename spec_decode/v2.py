@@ -9,6 +9,7 @@ import torch
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_ext.options import ConfigError
 from vllm_ext.spec_decode import active
 from vllm_ext.spec_decode.tables import LookupDrafter, LookupSettings
 
@@ -30,6 +31,11 @@ class LookupRows:
         self.drafter, self.req_states, self.device = LookupDrafter(settings), req_states, device
         self.drafter.compile()
         tokens = req_states.all_token_ids
+        if device.type == "cuda" and not hasattr(tokens, "_uva_buf"):
+            raise ConfigError(
+                "look-up drafting reads the texts in pinned host memory, which this system does not offer (UVA); "
+                "draft with draft_model."
+            )
         self._tokens = tokens._uva_buf.np if hasattr(tokens, "_uva_buf") else tokens.gpu.numpy()
         self._stream = None
         if device.type == "cuda":
@@ -47,21 +53,32 @@ class LookupRows:
         )
 
     def propose(
-        self, batch: InputBatch, num_sampled: torch.Tensor, drafts: torch.Tensor, matched: torch.Tensor | None = None
+        self,
+        batch: InputBatch,
+        num_sampled: torch.Tensor,
+        drafts: torch.Tensor,
+        matched: torch.Tensor | None = None,
+        judged: torch.Tensor | None = None,
     ) -> None:
-        """Write drafts [R, K] int64, and if wanted match lengths [R] int32, of the batch's rows."""
+        """Write drafts [R, K] int64, and if wanted match lengths [R] int32, of the batch's rows.
+
+        `judged` [R, K + 1] int32 is what a draft model says of the tokens just verified, see `lookup.step`.
+        """
         verified = batch.num_draft_tokens_per_req
         verified = np.zeros(batch.num_reqs, np.int64) if verified is None else verified[: batch.num_reqs]
         rows = batch.idx_mapping_np[: batch.num_reqs]
         if self._stream is not None:
             table = self.drafter.rows(batch.req_ids, rows, 0, verified)
-            self._stream.run(table, batch.num_reqs, num_sampled, drafts, matched)
+            self._stream.run(table, batch.num_reqs, num_sampled, drafts, matched, judged)
             return
         lengths = np.where(num_sampled.numpy()[: batch.num_reqs] > 0, self.req_states.total_len.gpu.numpy()[rows], 0)
         table = self.drafter.rows(batch.req_ids, rows, lengths, verified)
         found = np.zeros((len(table), drafts.shape[1]), np.int64)
         hits = np.zeros(len(table), np.int32)
-        self.drafter.step(table, self._tokens, found, hits)
+        said = np.full((len(table), drafts.shape[1] + 1), -1, np.int32)
+        if judged is not None:
+            said[: batch.num_reqs] = judged.numpy()
+        self.drafter.step(table, self._tokens, found, hits, said)
         drafts.copy_(torch.from_numpy(found[: batch.num_reqs]))
         if matched is not None:
             matched.copy_(torch.from_numpy(hits[: batch.num_reqs]))
@@ -75,7 +92,7 @@ class LookupSpeculator(BaseSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
         requests = vllm_config.scheduler_config.max_num_seqs
-        settings = active.drafter(vllm_config).lookup(requests, vllm_config.model_config.max_model_len)
+        settings = active.lookup(vllm_config)
         tokens = req_states.all_token_ids
         if device.type == "cuda" and not hasattr(tokens, "_uva_buf"):
             # the carrier method keeps texts on the GPU; these drafters want them in pinned host memory

@@ -84,18 +84,23 @@ class ParallelSpeculator(StandaloneARSpeculator):
         self.draft_tokens[:num_reqs, 1:] = drafts.view(num_reqs, masks)
 
 
-class _WithLookups:
-    """A model drafter whose drafts give way to look-ups with a match of at least `switch` tokens.
+_Base: Any = object
 
-    The model runs in every step, so that its KV has no holes.
+
+class _WithLookups(_Base):
+    """A model drafter whose drafts give way to look-ups: those with a long match, or those with the better record.
+
+    The model runs in every step, so that its KV has no holes; what it would have drafted at each verified token comes
+    out of the same forward.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
-        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        super().__init__(vllm_config, device)
         requests = vllm_config.scheduler_config.max_num_seqs
-        method: Any = active.drafter(vllm_config)
-        settings = method.lookup(requests, vllm_config.model_config.max_model_len)
-        self.switch = method.switch
+        settings = active.lookup(vllm_config)
+        self.judges = bool(settings.hedge)
+        self.offsets = torch.arange(settings.drafts + 1, device=device)
+        self._hidden: Any = None
         self.rows = LookupRows(settings, device, req_states)
         self.counters = active.SpecCounters(vllm_config)
         self.found = torch.zeros(requests, settings.drafts, dtype=torch.int64, device=device)
@@ -104,24 +109,44 @@ class _WithLookups:
     @torch.inference_mode()
     def propose(self, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> torch.Tensor:
         """[R, K] int64: look-ups where they match well, the model's drafts elsewhere."""
-        drafts = super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)  # type: ignore[misc]
+        self._hidden = None
+        drafts = super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)
         if dummy_run:
             return drafts
         count = input_batch.num_reqs
         found, hits = self.found[:count], self.hits[:count]
-        self.rows.propose(input_batch, args[4] if len(args) > 4 else kwargs["num_sampled"], found, hits)
+        num_sampled = args[4] if len(args) > 4 else kwargs["num_sampled"]
+        judged = self._judge(num_sampled[:count]) if self.judges else None
+        self.rows.propose(input_batch, num_sampled, found, hits, judged)
         self.counters.publish(self.rows.drafter)
-        replaced = (hits >= self.switch)[:, None]
-        if self.draft_logits is not None:  # type: ignore[has-type]
+        replaced = (hits > 0)[:, None]
+        if self.draft_logits is not None:
             self._make_certain(input_batch.idx_mapping, found, replaced)
         drafts.copy_(torch.where(replaced, found, drafts))
         return drafts
 
+    def _run_model(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = super()._run_model(*args, **kwargs)
+        if self._hidden is None:  # the pass over the verified tokens comes first
+            self._hidden = hidden
+        return hidden
+
+    def _judge(self, sampled: torch.Tensor) -> torch.Tensor:
+        """[R, K + 1] int32: was each token just verified the model's best one there? -1 beyond them."""
+        new = sampled.to(torch.int64)[:, None]
+        last = self.last_token_indices[: len(sampled), None]
+        rows = (last - new + self.offsets).clamp_(min=0)
+        rows = torch.minimum(rows, last)
+        best = self.compute_draft_logits(self._hidden[rows.flatten()], 0).argmax(-1)
+        truth = self.expanded_input_ids[torch.minimum(rows + 1, last)]
+        right = best.view_as(rows) == truth
+        return torch.where(self.offsets < new, right.to(torch.int32), -1)
+
     def _make_certain(self, slots: torch.Tensor, found: torch.Tensor, replaced: torch.Tensor) -> None:
         """The law of a looked-up draft is certainty: its logits are 0 at the token and -inf elsewhere."""
-        logits = self.draft_logits[slots]  # type: ignore[attr-defined]
+        logits = self.draft_logits[slots]
         certain = torch.full_like(logits, float("-inf")).scatter_(2, found[:, :, None], 0.0)
-        self.draft_logits[slots] = torch.where(replaced[:, :, None], certain, logits)  # type: ignore[attr-defined]
+        self.draft_logits[slots] = torch.where(replaced[:, :, None], certain, logits)
 
 
 class HybridSpeculator(_WithLookups, StandaloneARSpeculator):

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.sample import rejection_sampler as stock
 
 from vllm_ext.spec_decode.method import VerifierMethod
-from vllm_ext.spec_decode.protocols import VerifyBatch
+from vllm_ext.spec_decode.protocols import Verifier, VerifyBatch
 
 
 class RuleSampler(stock.RejectionSampler):
@@ -16,7 +16,8 @@ class RuleSampler(stock.RejectionSampler):
 
     def __init__(self, method: VerifierMethod, sampler: Any, spec_config: Any, device: Any) -> None:
         super().__init__(sampler, spec_config, device)
-        self._method, self._device, self._rule = method, device, None
+        self._method, self._device = method, device
+        self._rule: Verifier | None = None
         if not hasattr(stock.rejection_sample, "vllm_ext"):
             stock.rejection_sample = _by_rule(stock.rejection_sample)
 

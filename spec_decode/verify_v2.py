@@ -48,7 +48,9 @@ class RuleSampler(RejectionSampler):
         drafts = successors(verify_draft_sampled, cu_num_logits)
         rows = None
         if draft_logits is not None:
-            rows = torch.where(drafts >= 0, expanded_idx_mapping * draft_logits.shape[1] + expanded_local_pos, -1)
+            # a draft that the grammar forbids was still drawn: it must be answered from the residual of its law
+            drawn = successors(draft_sampled, cu_num_logits) >= 0
+            rows = torch.where(drawn, expanded_idx_mapping * draft_logits.shape[1] + expanded_local_pos, -1)
             draft_logits = draft_logits.flatten(0, 1)
         tokens, count = self.rule.verify(
             VerifyBatch(

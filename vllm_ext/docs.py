@@ -46,6 +46,13 @@ def compatibility_table() -> str:
     return table(("with", "sparse attention plugins"), list(COMPATIBILITY.items()))
 
 
+def moe_compatibility_table() -> str:
+    """What MoE plugins work with, as their code declares it."""
+    from vllm_ext.moe.limits import COMPATIBILITY
+
+    return table(("with", "MoE plugins"), list(COMPATIBILITY.items()))
+
+
 def metrics_table() -> str:
     """Every metric, one row each."""
     from vllm_ext import metrics
@@ -115,7 +122,9 @@ def methods_table() -> str:
         entry = re.search(rf"^{p.name}:\n((?:  .*\n)+)", text, re.MULTILINE)
         method, yaml_lines = p.cls()(), entry.group(0).count("\n") if entry else 0
         lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-        slots = (f"`{method.index}`", f"`{method.score}`", f"`{method.group}`")
+        slots: tuple[str, ...] = (f"`{method.index}`", f"`{method.score}`", f"`{method.group}`")
+        if "stages" in vars(p.cls()):
+            slots = ("stages of its own", "–", "–")
         rows.append([f"`{p.name}`", *slots, f"[{path}](../{path})", str(lines), str(yaml_lines)])
     head = ("method", "index", "score", "group", "file", "lines of the file", "lines in plugins.yaml")
     return table(head, rows)
@@ -135,6 +144,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "results": results_tables,
     },
     "docs/plugins.md": {"plugins": plugin_pages},
+    "docs/moe.md": {"compatibility": moe_compatibility_table},
     "docs/adding-a-method.md": {"quest": quest_source, "methods": methods_table},
 }
 """File -> name of the marker -> what makes the text between the markers."""

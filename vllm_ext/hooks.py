@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vllm_ext import hooks_kv, hooks_spec, hooks_tiles
+from vllm_ext.hooks_moe import ROWS as _MOE
 from vllm_ext.probes import Hook, dotted_flags, equals, has, padding_counts, platform_takes, resolve, sets, takes
 
 __all__ = ["TABLE", "VLLM_VERSION", "Hook", "platform_name", "refusal", "resolve", "version_problem"]
@@ -78,6 +80,13 @@ _GLUE = (
 
 _WORKERS = (
     _row(sets, "vllm.v1.worker.worker_base:WorkerBase", "plugin.attach in each worker", ["vllm_config", "rank"]),
+    _row(
+        has,
+        "vllm.v1.worker.worker_base:WorkerBase",
+        "trim_kv: gates enter the loaded model, their cache exists before graphs are captured",
+        ["load_model", "compile_or_warm_up_model"],
+    ),
+    _row(takes, "vllm.distributed:get_tensor_model_parallel_rank", "trim_kv: a rank's KV heads of the gates"),
 )
 
 _CONFIG = (
@@ -233,7 +242,8 @@ _ON_CUDA = (
     ),
 )
 
-TABLE: tuple[Hook, ...] = (*_GLUE, *_WORKERS, *_CONFIG, *_ATTENTION, *_ON_CPU, *_ON_CUDA)
+_METHODS = (*_MOE, *hooks_spec.ROWS, *hooks_tiles.ROWS, *hooks_kv.ROWS)
+TABLE: tuple[Hook, ...] = (*_GLUE, *_WORKERS, *_CONFIG, *_ATTENTION, *_ON_CPU, *_ON_CUDA, *_METHODS)
 """All rows; those of another platform are never probed."""
 
 

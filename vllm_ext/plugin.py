@@ -248,13 +248,17 @@ def _announce(plugins: Mapping[str, Any], vllm_config: Any) -> None:
     """Banner (once: not in the API server processes that the main process starts) and metrics of a new engine."""
     if not plugins:
         return
-    from vllm_ext import banner, metrics, workers
+    from vllm_ext import banner, kv_metrics, metrics, spec_metrics, workers
 
     if any(hasattr(plugin, "attach") for plugin in plugins.values()):
         workers.install(load=True)
     if multiprocessing.parent_process() is None:
         banner.print_banner(plugins, vllm_config)
     metrics.install_collector(vllm_config)
+    if vllm_config.speculative_config is not None:
+        spec_metrics.install_collector(vllm_config)
+    if any(plugin.kind == "kv" for plugin in plugins.values()):
+        kv_metrics.install_collector(vllm_config)
 
 
 def _rewrite_command_line() -> None:

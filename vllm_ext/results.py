@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_ext import results_kv, results_moe, results_training
 from vllm_ext.markdown import table
 from vllm_ext.options import ConfigError
 
@@ -207,5 +208,8 @@ KINDS: dict[str, tuple[Callable[[Record], str], Callable[[Record], str]]] = {
     "bench decode": (_decode_title, decode_table),
     "bench kernels": (_kernel_title, kernel_table),
     "eval": (_quality_title, quality_table),
+    **results_kv.KINDS,
+    **results_moe.KINDS,
+    **results_training.KINDS,
 }
 """Command of a record -> (title, table); the order of the document."""

@@ -1,7 +1,7 @@
 """Counters of speculation, by drafter and rule, as `vllm_ext:spec_*` at the server's `/metrics`.
 
-One worker (rank 0) writes its totals to a small JSON file that the server's process reads when it is scraped; with several
-API servers, to prometheus_client's own files. The same way as `metrics`.
+One worker (rank 0) writes its totals to a small JSON file that the server's process reads when it is scraped; with
+several API servers, to prometheus_client's own files. The same way as `metrics`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Publisher:
     """
 
     def __init__(self, vllm_config: Any, rule: str) -> None:
-        self.rule, self._due, self._last = rule, 0.0, {}
+        self.rule, self._due = rule, 0.0
+        self._last: dict[Any, float] = {}
         self._file: Any = None
         if vllm_config.parallel_config.rank:
             return

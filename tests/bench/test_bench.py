@@ -19,6 +19,8 @@ PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "qwen2.5-1.5b": 1_543_714_304,
     "smollm2": 134_515_008,
+    "olmoe-1b-7b": 6_919_161_856,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 
 
@@ -28,6 +30,15 @@ def test_shape_has_the_published_size(name):
     embedding = 0 if config["tie_word_embeddings"] else config["vocab_size"] * config["hidden_size"]
     assert shapes.weight_bytes(config) // 2 + embedding == PARAMETERS[name]
     assert config["max_position_embeddings"] >= 131072 + 2048
+
+
+def test_weights_of_the_experts_that_a_batch_hits():
+    config = shapes.load_shape("olmoe-1b-7b")
+    every, one = shapes.weight_bytes(config), shapes.weight_bytes(config, 1)
+    assert every - one == 16 * (64 - 8) * 3 * 2048 * 1024 * 2
+    assert one < shapes.weight_bytes(config, 8) < shapes.weight_bytes(config, 64) <= every
+    dense = shapes.load_shape("qwen3-8b")
+    assert shapes.weight_bytes(dense, 1) == shapes.weight_bytes(dense)
 
 
 def test_kv_bytes():

@@ -16,7 +16,7 @@ def test_every_plugin_loads_and_keeps_the_contract() -> None:
     for name, entry in catalogue.load().items():
         plugin = entry.cls()()
         assert entry.kind == plugin.kind, name
-        assert plugin.engine_args()
+        assert isinstance(plugin.engine_args(), dict)
         assert plugin.options().keys() == {row["name"] for row in describe(entry.cls())}
         for method in ("check", "banner"):
             assert callable(getattr(plugin, method))

@@ -38,8 +38,8 @@ def test_stream_step_equals_the_step_on_the_host(hedge):
                     drafter.remove(names[row])
                 names[row], lengths[row] = f"{row}-{step}", rnd.randrange(3, 40)
                 text[row, : lengths[row]] = [rnd.randrange(4) for _ in range(lengths[row])]
+                tenant = str(rnd.randrange(2))
                 for drafter in (host, streamed):
-                    tenant = str(rnd.randrange(2)) if drafter is host else tenant  # noqa: F821
                     drafter.add(names[row], text[row, : lengths[row]], lengths[row], tenant)
             new = rnd.randrange(1, 4)
             text[row, lengths[row] : lengths[row] + new] = [rnd.randrange(4) for _ in range(new)]

@@ -107,11 +107,15 @@ def by_rule(rule: Rule, one_hot: bool = False) -> Sampler:
         draft = None if one_hot else q
         found = ref.verdict(rule, p, draft, x, n)
         inside = torch.arange(x.shape[1]) < n[:, None]
-        return stop_law(found.accept * inside, x.shape[1], found.backward), normalized(
-            ref.residual(found, p, draft, x, n)
-        )
+        return stop_law(found.accept * inside, x.shape[1], found.backward), normalized(residuals(found, p, draft, x, n))
 
     return laws
+
+
+def residuals(found: ref.Verdict, p: Tensor, q: Tensor | None, x: Tensor, n: Tensor) -> Tensor:
+    """Unnormalised law of the emitted token for every tau: [B, K+1, V]."""
+    each = (ref.residual(found, p, q, x, n, torch.full_like(n, t)) for t in range(p.shape[1]))
+    return torch.stack(list(each), 1)
 
 
 def normalized(weights: Tensor) -> Tensor:

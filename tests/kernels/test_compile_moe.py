@@ -32,6 +32,7 @@ cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compile_one(fn, constants, warps, stages, descriptors=None):
+    constants = constants | {"PDL": True}
     signature, attributes = {}, {}
     for i, arg in enumerate(fn.arg_names):
         if arg in constants:
@@ -61,28 +62,27 @@ def compile_one(fn, constants, warps, stages, descriptors=None):
 def gemm(which, tile, shape):
     fixed = {"E": shape.experts, "D": shape.d, "N": shape.n, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
     fixed |= {"GROUP": tile.group, "PROGRAMS": tile.programs, "TMA": tile.tma, "NAIVE": False, "HAS_MAP": False}
-    blocks = {"W": [tile.bn, tile.bk]} | ({"A": [tile.bm, tile.bk]} if which == "down" else {})
-    fn = sonic_moe._down if which == "down" else sonic_moe._up
+    blocks = {"W": [tile.bn, tile.bk]}
     if which == "up":
         fixed["K"] = shape.k
+    else:
+        blocks["A"] = [tile.bm, tile.bk]
+    fn = sonic_moe._down if which == "down" else sonic_moe._up
     return compile_one(fn, fixed, tile.warps, tile.stages, blocks if tile.tma else None)
 
 
 shape = SHAPES["qwen3-30b-a3b"]
 found = {}
-for bm in CANDIDATES:
-    rows = {16: 1, 32: 8, 64: 24, 128: 512}[bm]
-    for tiles in candidates(shape, rows * shape.experts // shape.k):
-        if tiles.up.bm == bm:
-            for which, tile in (("up", tiles.up), ("down", tiles.down)):
-                found[" ".join(map(str, (which, *astuple(tile))))] = gemm(which, tile, shape)
-for experts in (8, 128, 512):
-    for chunk, alone in ((512, True), (1024, False)):
-        fixed = {"E": experts, "EB": experts, "CHUNK": chunk, "SUB": max(16, min(chunk, 8192 // experts)), "HAS_MAP": True}
-        extra = {"HB": 4096 // experts, "TB": 16, "K": 8, "BM": 128, "ALONE": alone}
-        found[f"place {experts} {chunk}"] = compile_one(moe_route._place, fixed | extra, 8, 3)
-        fixed.pop("SUB")
-        found[f"count {experts} {chunk}"] = compile_one(moe_route._count, fixed, 4, 3)
+for bm, rows in {16: 1, 64: 24, 128: 512}.items():
+    every = [t for t in candidates(shape, rows * shape.experts // shape.k) if t.up.bm == bm]
+    for tiles in every if bm == 128 else every[:2]:
+        for which, tile in (("up", tiles.up), ("down", tiles.down)):
+            found[" ".join(map(str, (which, *astuple(tile))))] = gemm(which, tile, shape)
+for experts, chunk, alone in ((8, 512, True), (512, 512, True), (128, 1024, False)):
+    fixed = {"E": experts, "EB": experts, "CHUNK": chunk, "HAS_MAP": True}
+    sizes = {"SUB": max(16, min(chunk, 8192 // experts)), "HB": 4096 // experts, "TB": 16, "K": 8, "BM": 128}
+    found[f"place {experts}"] = compile_one(moe_route._place, fixed | sizes | {"ALONE": alone}, 8, 3)
+    found[f"count {experts}"] = compile_one(moe_route._count, fixed, 4, 3)
 fixed = {"E": 128, "K": 8, "D": 2048, "BD": 2048, "NAIVE": False, "HAS_MAP": False}
 found["combine"] = compile_one(sonic_moe._combine, fixed, 4, 3)
 print("RESULT " + json.dumps(found))
@@ -103,13 +103,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 def test_no_spills_and_enough_shared_memory(compiled: dict[str, dict[str, Any]]) -> None:
     bad = {k: v for k, v in compiled.items() if v["LOCAL"] or v["STACK"] > 16 or v["shared"] > SHARED}
-    assert len(compiled) > 40
+    assert len(compiled) > 25
     assert not bad
 
 
 def test_tall_tiles_keep_the_tensor_cores_busy(compiled: dict[str, dict[str, Any]]) -> None:
-    """From 64 rows on: asynchronous tensor core products, of which the newest stay in flight, on tiles loaded by TMA."""
+    """From 64 rows on: asynchronous products, of which the newest stay in flight, on tiles that TMA loads."""
     tall = {k: v for k, v in compiled.items() if k.startswith(("up 64", "up 128", "down 64", "down 128"))}
-    assert len(tall) > 20
+    assert len(tall) > 15
     assert not {k: v for k, v in tall.items() if not v["wgmma"] or not v["tma"]}
     assert not {k: v["pending"] for k, v in tall.items() if max(v["pending"]) != (2 if k.startswith("up") else 1)}

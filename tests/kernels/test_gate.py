@@ -31,7 +31,9 @@ def test_rotation_is_that_of_transformers() -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters={"rope_type": "default", **{"rope_theta": 1e4}})
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, rope_parameters={"rope_type": "default", **{"rope_theta": 1e4}}
+    )
     x = torch.randn(1, 2, 7, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(100, 107)
     want, _ = apply_rotary_pos_emb(x, x, *LlamaRotaryEmbedding(config)(x, positions[None]))
@@ -46,7 +48,9 @@ def test_record_by_definition() -> None:
     plain = torch.randn(1, page, d, generator=gen)
     wk, norm = torch.randn(1, 3 * d, width, generator=gen), torch.rand(width, generator=gen)
     cos, sin = spec.rope_tables(frequencies(d).cpu(), torch.arange(first, first + page))
-    found = spec.page_record(spec.rotate(plain, cos, sin), first, wk, norm, frequencies(d).cpu(), frequencies(width).cpu())
+    found = spec.page_record(
+        spec.rotate(plain, cos, sin), first, wk, norm, frequencies(d).cpu(), frequencies(width).cpu()
+    )
     pooled = torch.cat([plain[0].max(0).values, plain[0].min(0).values, plain[0].mean(0)])
     k = pooled @ wk[0]
     k = k / (k.pow(2).mean() + 1e-6).sqrt() * norm
@@ -165,11 +169,11 @@ def test_step_equals_the_reference_step(threshold: float) -> None:
     flags = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     tokens = [n - 1 for n in lens]
     prompt = make(tokens, tokens, heads, g, d, page, records=1)
+    at = [torch.arange(n, device=DEVICE) for n in tokens]
+    slots = torch.cat([p.block_table[r, x // page].long() * page + x % page for r, x in enumerate(at)])
     prompt_batch = DecodeBatch(
-        p.block_table, prompt.seq_lens, prompt.query_start_loc,
-        torch.cat([(p.block_table[r, torch.arange(n) // page] * page + torch.arange(n, device=DEVICE) % page).long() for r, n in enumerate(tokens)]),
-        torch.ones_like(flags), sum(tokens), max(tokens),
-    )  # fmt: skip
+        p.block_table, prompt.seq_lens, prompt.query_start_loc, slots, torch.ones_like(flags), sum(tokens), max(tokens)
+    )
     stages.write_index(0, prompt.q, p.k_cache, p.v_cache, p.index, prompt_batch, p.scale)
     by_kernel = p.index.clone()
     p.index.zero_()

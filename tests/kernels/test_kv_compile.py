@@ -21,7 +21,7 @@ def cases() -> dict[str, tuple[str, dict[str, Any], int]]:
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
     for g, w, d in ((4, 32, 128), (3, 32, 64), (7, 32, 128), (4, 8, 128)):
         rows = max(16, 1 << (g * w - 1).bit_length())
-        window = {"G": g, "W": w, "ROWS": rows, "P": 32, "D": d, "DP": d, "TN": 64}
+        window = {"G": g, "W": w, "ROWS": rows, "P": 32, "D": d, "DP": d, "TN": 64 if rows <= 128 else 32}
         warps = 8 if rows >= 128 else 4
         found[f"lse G{g} w{w} D{d}"] = ("kv_window_score._rows_lse", window, warps)
         for pool, worst in ((1, False), (5, True)):

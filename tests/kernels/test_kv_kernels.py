@@ -13,7 +13,7 @@ CASES = [(5, 3, 1, 2, 16, 64), (70, 8, 3, 2, 32, 64), (257, 32, 2, 4, 32, 80), (
 
 
 def cache_of(n: int, first: int, heads: int, d: int, block: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache [num_blocks, H, P, 2D] with garbage everywhere, and the block table of a request with `first + n` slots."""
+    """A cache [num_blocks, H, P, 2D] of garbage, and the block table of a request with `first + n` slots."""
     gen = torch.Generator().manual_seed(seed)
     blocks = -(-(first + n) // block)
     cache = torch.randn(blocks + 5, heads, block, 2 * d, generator=gen).to(DEVICE)

@@ -37,7 +37,15 @@ def test_step_by_definition() -> None:
 
 
 def layers_of(
-    heads: int, g: int, d: int, page: int, lens: list[int], queries: list[int], every: int, kernels: bool, **options: int
+    heads: int,
+    g: int,
+    d: int,
+    page: int,
+    lens: list[int],
+    queries: list[int],
+    every: int,
+    kernels: bool,
+    **options: int,
 ) -> tuple[list[torch.Tensor], list[int], list[torch.Tensor]]:
     """Outputs of four layers, counters, and dense attention, by kernels or the reference."""
     most = max(queries)
@@ -83,9 +91,7 @@ def test_kernel_equals_reference(heads: int, g: int, d: int, lens: list[int], qu
 @pytest.mark.parametrize("every", [1, 3])
 def test_all_retrieval_or_a_covering_budget_is_dense(every: int, kernels: bool) -> None:
     budget = 96 if every == 1 else 640
-    outs, stats, dense = layers_of(
-        2, 2, 64, 16, [230, 400], [1, 2], every, kernels, budget=budget, dense_below=0
-    )
+    outs, stats, dense = layers_of(2, 2, 64, 16, [230, 400], [1, 2], every, kernels, budget=budget, dense_below=0)
     for a, b in zip(outs, dense):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
     assert stats[0] == stats[1]

@@ -49,7 +49,7 @@ def test_step_equals_reference(name: str) -> None:
     assert torch.equal(stages.stats, counted)
     for row in stages.rows(batch, p.page):
         ids, _ = stages.reference_select(0, row, p.q[row.tokens], p.k_cache, p.index, p.scale)
-        assert torch.equal(lists[row.number, :, : ids.shape[1]].cpu(), ids)
+        assert torch.equal(lists[row.number, :, : ids.shape[1]], ids)
         assert (lists[row.number, :, ids.shape[1] :] == -1).all()
 
 
@@ -77,7 +77,9 @@ def test_union_is_own_list_merged_with_the_supplement() -> None:
     n = row.n - row.m + 1 + t
     s = reference.page_scores(p.q[t : t + 1], p.k_cache, p.index, row.pages, n, p.scale, "bound", "max")
     own = reference.select_pages(s, n, 1, p.page, 7, 1, 2)
-    rest = torch.tensor([[i for i in ids[0].tolist() if i not in own[0].tolist()]], dtype=torch.int32)
+    rest = torch.tensor(
+        [[i for i in ids[0].tolist() if i not in own[0].tolist()]], dtype=torch.int32, device=ids.device
+    )
     assert rest.numel()
     parts = [
         reference.sparse_attention(p.q[t : t + 1], p.k_cache, p.v_cache, row.pages, part, n, p.scale)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,3 +64,44 @@ def test_ties_go_to_the_lower_expert_and_extremes_stay_finite() -> None:
 def test_no_tokens() -> None:
     weights, ids = route_topk.kern(torch.zeros(0, 8), 2)
     assert weights.shape == ids.shape == (0, 2)
+
+
+COMPILE = r"""
+import json, re, subprocess, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_ext.kernels import route_topk
+
+cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+found = {}
+for experts, top_k in ((128, 8), (512, 10)):
+    for fn, flags in ((route_topk._kern, {"SUM": True}), (route_topk._dirmoe, {"HAS_HEADS": True, "CUT": True})):
+        constants = route_topk.sizes(experts, top_k) | flags
+        types = {"LOGITS": "*bf16", "HEADS": "*bf16", "WEIGHTS": "*fp32", "IDS": "*i32"}
+        types |= dict.fromkeys(("tokens", "row", "head_row"), "i32")
+        signature = {a: "constexpr" if a in constants else types.get(a, "fp32") for a in fn.arg_names}
+        at = {a: i for i, a in enumerate(fn.arg_names)}
+        source = ASTSource(fn, signature, constexprs={(at[k],): v for k, v in constants.items()})
+        done = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(done.asm["cubin"])
+            file.flush()
+            command = [cuobjdump, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True).stdout
+        found[f"{fn.__name__} {experts}"] = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+print("RESULT " + json.dumps(found))
+"""
+
+
+def test_kernels_compile_for_an_h100_without_spills(tmp_path: Path) -> None:
+    """In a process of its own: this one runs Triton in the interpreter."""
+    pytest.importorskip("triton.backends.nvidia")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("RESULT ")[1])
+    assert len(found) == 4
+    assert not {k: v for k, v in found.items() if v["LOCAL"] or v["STACK"] > 16}

@@ -13,30 +13,24 @@ from typing import Any
 
 import pytest
 
-DRAFTS = (7, 31)
-"""Most drafts of a request; the vocabulary has 262,144 tokens, 64 blocks."""
-
 
 def cases() -> dict[str, tuple[str, dict[str, Any], int]]:
-    """Name -> kernel, constants, warps."""
+    """Name -> kernel, constants, warps; a vocabulary of 262,144 tokens (64 blocks), up to 7 or 31 drafts."""
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
-    for entropy in (0, 1, 2):
-        for draft in (False, True):
-            constants = {"HAS_DRAFT": draft, "ENTROPY": entropy, "BLOCK": 4096}
-            found[f"stats entropy {entropy} draft {draft}"] = ("row_stats", constants, 8)
-    for k in DRAFTS:
-        for kind, draft, first, exact, entropy in (
-            (0, True, False, False, 0), (1, True, True, False, 0), (1, True, False, False, 0),
-            (1, False, False, False, 0), (2, True, False, True, 0), (3, False, False, False, 1),
-            (3, False, False, False, 2),
-        ):  # fmt: skip
-            constants = {
-                "KIND": kind, "FIRST_PASS": first, "EXACT": exact, "WINDOW": 6, "ENTROPY": entropy, "HAS_DRAFT": draft,
-                "KP": k + 1, "NBP": 64,
-            }  # fmt: skip
-            found[f"judge {kind} draft {draft} first {first} entropy {entropy} K{k}"] = (
-                "judge", constants, 4 if k < 16 else 8
-            )  # fmt: skip
+    for entropy, draft in ((0, False), (0, True), (1, False), (2, False)):
+        constants = {"HAS_DRAFT": draft, "ENTROPY": entropy, "BLOCK": 4096}
+        found[f"stats entropy {entropy} draft {draft}"] = ("row_stats", constants, 8)
+    for kind, draft, first, exact, entropy, k in (
+        (0, True, False, False, 0, 7), (1, True, True, False, 0, 7), (1, True, False, False, 0, 7),
+        (1, False, False, False, 0, 7), (2, True, False, True, 0, 7), (3, False, False, False, 1, 7),
+        (1, True, False, False, 0, 31), (3, False, False, False, 2, 31),
+    ):  # fmt: skip
+        constants = {
+            "KIND": kind, "FIRST_PASS": first, "EXACT": exact, "WINDOW": 6, "ENTROPY": entropy, "HAS_DRAFT": draft,
+            "KP": k + 1, "NBP": 64,
+        }  # fmt: skip
+        name = f"judge {kind} draft {draft} first {first} entropy {entropy} K{k}"
+        found[name] = ("judge", constants, 4 if k < 16 else 8)
     found["surplus"] = ("surplus", {"BLOCK": 4096}, 8)
     for draft in (False, True):
         found[f"race draft {draft}"] = ("race", {"FIRST": 1024, "HAS_DRAFT": draft, "BLOCK": 4096}, 8)

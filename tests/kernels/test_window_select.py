@@ -93,7 +93,7 @@ def test_records_of_a_prompt_chunk(layout: str) -> None:
 
 
 def test_scores_are_the_papers() -> None:
-    """Section 3: means over [16 j, 16 j + 32) and [64 j, 64 j + 128), one block of 64 takes windows 4 b - 1 .. 4 b + 3."""
+    """Section 3: means over [16 j, 16 j + 32) and [64 j, 64 j + 128); block b takes windows 4 b - 1 .. 4 b + 3."""
     n, heads, g, d = 64 * 6 + 5, 2, 4, 32
     p = make([n], [1], heads, g, d, 64, records=5)
     fill(p)

@@ -111,7 +111,7 @@ def proto(queries, keys, scale, *, budget, reach, anchors, chunks, bucket):
 
     `bucket(keys [p, D])` gives the hash of the anchors (random numbers are the implementation's).
     """
-    (w, hq, _), (heads, n, _) = queries.shape, keys.shape
+    w, (heads, n, _) = queries.shape[0], keys.shape
     past, kept = n - w, []
     a = attention(queries, keys, scale)
     for kv in range(heads):

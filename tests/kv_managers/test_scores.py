@@ -1,4 +1,4 @@
-"""Kept tokens equal those of the plain formulas, and identities that hold only if the papers' methods are implemented."""
+"""Kept tokens equal those of the plain formulas; identities hold only if the papers' methods are implemented."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def layer(t, i):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("norm", "over"), [("l1", "tokens"), ("l2", "tokens"), ("l1", "heads")])
 def test_defensive_keeps_the_plain_formulas_tokens(shape, norm, over):
-    heads, group, n, w, d = shape
+    _, _, n, w, d = shape
     t, budget = tensors(*shape), n // 4
     method = DefensiveKV(window=w, sinks=0, ratio=1.0, norm=norm, norm_over=over, mass=0.5)
     found = kept(method, view_of(t, budget))
@@ -75,7 +75,7 @@ def test_defensive_keeps_the_plain_formulas_tokens(shape, norm, over):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("beta", "group"), [(2000.0, "mean"), (4.0, "mean"), (4.0, "max")])
 def test_rest_keeps_the_plain_formulas_tokens(shape, beta, group):
-    heads, _, n, w, d = shape
+    _, _, n, w, d = shape
     t, budget = tensors(*shape, seed=1), n // 4
     method = ReSTKV(window=w, sinks=0, beta=beta, drift="rank", group=group)
     found = kept(method, view_of(t, budget))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_routers_that_sum_to_one_leave_an_upcycled_model_unchanged(
     text = [[2504, 253, 655, 28, 665, 436, 253, 3817, 1095, 282], [504, 3575, 282, 4649, 314, 260]]
     with start(smollm2_dir) as llm:
         dense = generate(llm, text, 12)
-    for plugins in (None, {"dirmoe": {}}, {"dirmoe": {"threshold": 0.5, "tau": 0.1}}):
+    for plugins in (None, {"dirmoe": {"threshold": 0.5, "tau": 0.1}}):
         with start(model, plugins) as llm:
             assert generate(llm, text, 12) == dense, plugins
 
@@ -130,6 +131,9 @@ def test_a_router_is_in_effect_and_computes_its_formula(
         want = 2 * logits.clamp(min=0).double() / (logits.double().norm(dim=-1, keepdim=True) + 1e-6)
         assert torch.allclose(weights.double(), want.topk(2).values, atol=1e-6)
         assert ids.min() >= 0  # the CPU kernel cannot skip, so it gets valid ids with weight 0
+        captured = []
+        router.set_capture_fn(captured.append)  # what --enable-return-routed-experts hangs on a router
+        assert torch.equal(router.select_experts(torch.zeros(64, 64), logits, torch.int32)[1], captured[0])
 
 
 def test_rounding_leaves_small_batches_alone(tiny_moe: Callable, start: Callable, generate: Callable) -> None:
@@ -141,6 +145,33 @@ def test_rounding_leaves_small_batches_alone(tiny_moe: Callable, start: Callable
         assert [generate(llm, p, 8) for p in (prompts(), long)] == stock
     with start(model, {"token_rounding": {"tile": 16}}) as llm:
         assert generate(llm, long, 8) != stock[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"use_grouped_topk": True}, "grouped experts"),
+        ({"e_score_correction_bias": 1}, "correction bias"),
+        ({"custom_routing_function": print}, "routing function"),
+        ({"routed_scaling_factor": 2.5}, "scaled routed output"),
+    ],
+)
+def test_a_layer_that_routes_otherwise_is_refused(change: dict[str, Any], word: str) -> None:
+    """The last check before weights load; what a config does not tell shows in the layer."""
+    from vllm_ext.moe.kern import Kern
+    from vllm_ext.moe.layers import _check_kernel, _check_router
+    from vllm_ext.moe.trace import MoETrace
+    from vllm_ext.options import ConfigError
+
+    plain = {"use_grouped_topk": False, "e_score_correction_bias": None, "custom_routing_function": None}
+    plain |= {"routed_scaling_factor": 1.0}
+    _check_router(Kern(), None, SimpleNamespace(**plain))
+    with pytest.raises(ConfigError, match=word):
+        _check_router(Kern(), None, SimpleNamespace(**plain | change))
+    _check_kernel([Kern(), MoETrace()], SimpleNamespace(is_monolithic=False))
+    for plugin in (Kern(), MoETrace()):
+        with pytest.raises(ConfigError, match="--moe-backend triton"):
+            _check_kernel([plugin], SimpleNamespace(is_monolithic=True))
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def config(**hf: object) -> SimpleNamespace:
     model = SimpleNamespace(
         model="m", runner_type="generate", is_moe=True, hf_text_config=SimpleNamespace(**hf),
         get_total_num_hidden_layers=lambda: 2, get_num_experts=lambda: 8, get_num_experts_per_tok=lambda: 2,
-        get_hidden_size=lambda: 16,
+        get_hidden_size=lambda: 16, quantization=None,
     )  # fmt: skip
     return SimpleNamespace(
         model_config=model, lora_config=None, kernel_config=SimpleNamespace(moe_backend="auto"),
@@ -183,6 +183,7 @@ def config(**hf: object) -> SimpleNamespace:
         (lambda c: setattr(c, "lora_config", object()), Kern(), "LoRA"),
         (lambda c: setattr(c.aux_output_config, "enabled", True), TokenRounding(), "--enable-return-routed-experts"),
         (lambda c: setattr(c, "speculative_config", object()), TokenRounding(), "--speculative-config"),
+        (lambda c: setattr(c.model_config, "quantization", "fp8"), TokenRounding(), "fp8"),
         (lambda c: None, Kern(gamma=(1.0, 2.0, 3.0)), "kern.gamma"),
     ],
 )

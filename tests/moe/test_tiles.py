@@ -56,16 +56,13 @@ def test_tables_of_the_package_are_readable() -> None:
         assert sonic_table.find(shape, data["device"]).rows
 
 
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        ({"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 4096, "intermediate_size": 14336}, (8, 2, 4096, 14336)),
-        ({"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144}, (128, 8, 2048, 768)),
-    ],
-)  # fmt: skip
-def test_shape_of_a_model(config: dict[str, int], shape: tuple[int, ...]) -> None:
-    assert from_config(config) == from_config(SimpleNamespace(**config)) == Shape(*shape)
-    assert from_config(config, 2).n == shape[3] // 2
+@pytest.mark.parametrize("own_width", [True, False])
+def test_shape_of_a_model(own_width: bool) -> None:
+    config = {"num_experts_per_tok": 2, "hidden_size": 4096, "intermediate_size": 14336}
+    config |= {"num_experts": 8, "moe_intermediate_size": 768} if own_width else {"num_local_experts": 8}
+    want = Shape(8, 2, 4096, 768 if own_width else 14336)
+    assert from_config(config) == from_config(SimpleNamespace(**config)) == want
+    assert from_config(config, 2).n == want.n // 2
 
 
 def vllm_config(**changes: Any) -> Any:
@@ -100,7 +97,8 @@ def platform(monkeypatch: pytest.MonkeyPatch, cuda: bool = True, capability: tup
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"is_moe": False}, "mixture-of-experts"), ({"quantization": "fp8"}, "fp8"), ({"dtype": "torch.float32"}, "--dtype"),
+        ({"is_moe": False}, "mixture-of-experts"), ({"quantization": "fp8"}, "fp8"),
+        ({"dtype": "torch.float32"}, "--dtype"),
         ({"tensor_parallel_size": 4}, "multiples of 64"), ({"tensor_parallel_size": 3}, "divisor"), ({}, "moe tune"),
     ],
 )  # fmt: skip
@@ -204,3 +202,43 @@ def test_command_refuses_other_models(assert_refused: Any, tmp_path: Path) -> No
     moe = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 128}
     model.write_text(json.dumps(moe | {"quantization_config": {"quant_method": "fp8"}}))
     assert_refused(["moe", "tune", str(tmp_path)], "quantized")
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_compiling_needs_no_memory_and_launches_nothing(
+    tokens: int, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel of a call is asked for its compilation alone, and is itself again afterwards."""
+    from vllm_ext.kernels import moe_route, sonic_moe
+    from vllm_ext.moe.sonic_warmup import compile_call
+
+    kernels = [sonic_moe._up, sonic_moe._down, sonic_moe._combine, moe_route._place, moe_route._count]
+    asked: list[str] = []
+
+    def run(self: Any, *_: Any, grid: Any, warmup: bool, **__: Any) -> None:
+        assert warmup
+        asked.append(self.fn.__name__)
+
+    monkeypatch.setattr(type(kernels[0]), "run", run)
+    compile_call(Shape(64, 2, 4096, 14336), tokens, default_tiles(1), expert_map=mapped)
+    sort = ["_count", "_place"] if tokens == 300 else []
+    assert asked == [*sort, "_up", "_down", "_combine"]
+    assert not any("run" in vars(k) for k in kernels)
+
+
+def test_pool_runs_equal_jobs_once(tmp_path: Path) -> None:
+    from vllm_ext.bench.compile_pool import CompilePool
+
+    pool = CompilePool(2)
+    for name in ("a", "b", "a"):
+        pool.submit(write_line, tmp_path / name)
+    pool.wait()
+    pool.close()
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "x", "b": "x"}
+
+
+def write_line(path: Path) -> None:
+    """A job that tells how often it ran."""
+    with path.open("a") as file:
+        file.write("x")

@@ -74,7 +74,7 @@ def test_step_costs_snap_to_their_steps() -> None:
 
 def test_large_batches_turn_drafting_off() -> None:
     survival = np.full((1, 4), 0.6) ** np.arange(1, 5)
-    costs = table([[1, 1.02, 1.05, 1.1], [1, 1.5, 2.0, 3.0]], batch=(1, 32))
+    costs = table([[1, 1.02, 1.05, 1.1], [1, 1.8, 2.5, 4.0]], batch=(1, 32))
     policy = dl.CastPolicy(costs, 1.0, 0.0)
     assert policy.choose(known(survival)).tolist() == [4]
     assert policy.choose(known(np.tile(survival, (20, 1)))).tolist() == [0] * 20
@@ -191,13 +191,15 @@ def test_tables_of_something_else_are_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 32}
     cfg = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**sizes)))
     dl.check_table(dl.read_table(record(tmp_path / "a", device=device)), cfg, (0, 4))
+    elsewhere = dl.read_table(record(tmp_path / "b", device="another"))
     with pytest.raises(ConfigError, match="this device is"):
-        dl.check_table(dl.read_table(record(tmp_path / "b", device="another")), cfg, (0, 4))
+        dl.check_table(elsewhere, cfg, (0, 4))
+    other = dl.read_table(record(tmp_path / "c", device=device, model=sizes | {"vocab_size": 33}))
     with pytest.raises(ConfigError, match="this one is"):
-        other = sizes | {"vocab_size": 33}
-        dl.check_table(dl.read_table(record(tmp_path / "c", device=device, model=other)), cfg, (0, 4))
+        dl.check_table(other, cfg, (0, 4))
+    short = dl.read_table(record(tmp_path / "d", device=device))
     with pytest.raises(ConfigError, match="reaches 8 drafts"):
-        dl.check_table(dl.read_table(record(tmp_path / "d", device=device)), cfg, (0, 8))
+        dl.check_table(short, cfg, (0, 8))
 
 
 def test_fixed_length_must_be_captured() -> None:

@@ -1,4 +1,4 @@
-"""Head identification: HardKuma by sampling, blending by definition, density falls to the target, an interrupted run."""
+"""Head identification: HardKuma by sampling, blending by definition, a falling density, an interrupted run."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vllm_ext.kernels.reference_gate import max_pooled_attention
 from vllm_ext.options import ConfigError
 from vllm_ext.training import seer
 
-SMALL = seer.Settings(steps=30, batch=2, window=128, rows=32, page_size=16, lr=5e-3, warmup=3, passkeys=0.0, budget=2)
+SMALL = seer.Settings(steps=60, batch=4, window=128, rows=64, page_size=16, lr=3e-3, warmup=3, passkeys=0.0, budget=2)
 TEXT = [corpus.load(corpus.FILLER)[:20000]]
 
 
@@ -36,10 +36,10 @@ def test_loss_falls_and_the_model_stays(tiny, tmp_path) -> None:
     out = tmp_path / "gates.safetensors"
     found = seer.train(tiny, TEXT, out, SMALL, checkpoint=tmp_path / "run", windows=2)
     losses = [entry["kl"] for entry in found["history"]]
-    assert losses[-1] < 0.8 * losses[0]
-    assert found["held_out"]["after"]["kl"] < 0.8 * found["held_out"]["before"]["kl"]
-    assert found["held_out"]["after"]["gate"] > found["held_out"]["before"]["gate"]
-    assert found["held_out"]["after"]["best"] >= found["held_out"]["after"]["gate"]
+    before_training, after = found["held_out"]["before"], found["held_out"]["after"]
+    assert losses[-1] < losses[0]
+    assert after["kl"] < 0.85 * before_training["kl"]
+    assert before_training["gate"] < after["gate"] < after["best"]
     assert all(torch.equal(v, before[k]) for k, v in tiny.body.state_dict().items())
     assert not (tmp_path / "run").exists()
     json.dumps(found)
@@ -47,7 +47,7 @@ def test_loss_falls_and_the_model_stays(tiny, tmp_path) -> None:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path) -> None:
-    short = dataclasses.replace(SMALL, steps=8, passkeys=0.5, window=1024, batch=1)
+    short = dataclasses.replace(SMALL, steps=6, passkeys=0.5, window=2048, batch=1)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     a = seer.train(tiny, TEXT, whole, short, checkpoint=tmp_path / "a", windows=0)
     seer.train(tiny, TEXT, parts, short, checkpoint=tmp_path / "b", windows=0, stop_after=3)

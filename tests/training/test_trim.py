@@ -24,7 +24,7 @@ class Letters:
 
     bos_token_id = None
 
-    def __call__(self, texts, add_special_tokens=True):
+    def __call__(self, texts, **_):
         encode = functools.partial(map, lambda c: min(ord(c), 127))
         many = not isinstance(texts, str)
         return {"input_ids": [list(encode(t)) for t in texts] if many else list(encode(texts))}
@@ -58,10 +58,22 @@ def test_training_forgets_and_writes_gates(model, tmp_path):
 
 def test_interrupted_training_ends_the_same(model, tmp_path):
     run(model, tmp_path / "whole.safetensors")
-    assert "held_out" not in run(model, tmp_path / "parts.safetensors", stop_after=5)
+    run(model, tmp_path / "parts.safetensors", stop_after=5)
+    assert not (tmp_path / "parts.safetensors").exists()
     run(model, tmp_path / "parts.safetensors")
     whole, parts = (trim_gates.load(tmp_path / f"{n}.safetensors").tensors for n in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_batches_hold_passkeys_and_depend_on_the_step_alone(model):
+    settings = dataclasses.replace(SETTINGS, window=1024, passkeys=1)
+    tokens = torch.tensor(Letters()(TEXT * 4)["input_ids"]).flatten().to(torch.int32)
+    first, again, other = (trim.batch_ids(model, tokens, settings, step) for step in (0, 0, 1))
+    assert first.shape == (2, 1025)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with_passkeys = ["passkey" in "".join(map(chr, row)) for row in first.tolist()]
+    assert with_passkeys == [False, True]
 
 
 def test_checkpoint_of_other_settings_is_refused(model, tmp_path):

@@ -256,7 +256,7 @@ def _judge(cell: dict[str, Any], plan: Plan, row: Row, case: Case, stock: dict[s
     bandwidth = stock["copy_bandwidth"]
     # Lengths are noted at the end of the timed steps; the middle of the windows is what the median stands for.
     middle = [n - plan.steps * plan.repeats / 2 for n in cell["lengths"]]
-    weights, keys = shapes.weight_bytes(plan.config), shapes.kv_bytes(plan.config, middle, row.attention())
+    weights, keys = shapes.weight_bytes(plan.config, case.batch), shapes.kv_bytes(plan.config, middle, row.attention())
     floor = (weights + keys) / bandwidth
     cell |= {"tokens_per_s": case.batch / cell["tpot_s"], "weight_bytes": weights, "kv_bytes": keys}
     cell |= {"floor_s": floor, "floor_fraction": floor / cell["tpot_s"]}

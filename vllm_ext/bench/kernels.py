@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ext.bench import method_ops
 from vllm_ext.bench.decode import Case
 from vllm_ext.bench.shapes import copy_bandwidth
 from vllm_ext.options import ConfigError, did_you_mean
@@ -223,6 +224,7 @@ KERNELS: dict[str, Callable[[Batch], tuple[float, Callable[[Layer], Any]]]] = {
     "score_select": _score_select,
     "sparse_decode": _sparse_decode,
     "attention op": _attention_op,
+    **{f"attention op, {name}": method_ops.entry(name, options) for name, options in method_ops.METHODS.items()},
     "update_index, prefill": _update_index,
     "flashinfer (dense)": _flashinfer,
 }

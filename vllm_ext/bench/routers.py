@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from vllm_ext.bench.moe import measure
@@ -44,8 +45,12 @@ def _row(experts: int, top_k: int, tokens: int) -> dict[str, Any]:
         "dirmoe_torch": lambda x: reference_routing.dirmoe(x, top_k, 1.0, 9.0, 1.0),
         "token_rounding_torch": lambda x: reference_routing.token_rounding(x, top_k, True, 128),
     }
-    times = {name: measure(lambda call=call: [call(x) for x in logits], COPIES) for name, call in calls.items()}
+    times = {name: measure(partial(_walk, call, logits), COPIES) for name, call in calls.items()}
     return {"experts": experts, "top_k": top_k, "tokens": tokens, "seconds": times}
+
+
+def _walk(call: Callable[[Any], Any], inputs: list[Any]) -> list[Any]:
+    return [call(x) for x in inputs]
 
 
 def table(rows: list[dict[str, Any]]) -> Any:

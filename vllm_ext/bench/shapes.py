@@ -47,15 +47,28 @@ def head_size(config: dict[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def weight_bytes(config: dict[str, Any]) -> int:
-    """Bytes of the weights that one decode step reads: every layer and the output head, not the embedding rows."""
+def weight_bytes(config: dict[str, Any], batch: int | None = None) -> int:
+    """Bytes of the weights that one decode step reads: every layer and the output head, not the embedding rows.
+
+    Args:
+        config: the shape.
+        batch: requests of the step. Of experts, it reads those that uniform routing hits; None = all.
+    """
     hidden, inner, d = config["hidden_size"], config["intermediate_size"], head_size(config)
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    layer = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner + 2 * hidden
+    layer = hidden * (q + 2 * kv) + q * hidden + 2 * hidden
+    if experts := config.get("num_experts"):
+        missed = 0.0 if batch is None else (1 - config["num_experts_per_tok"] / experts) ** batch
+        inner = config.get("moe_intermediate_size", inner)
+        layer += experts * hidden + round(experts * (1 - missed)) * 3 * hidden * inner
+    else:
+        layer += 3 * hidden * inner
     if config["model_type"] == "qwen2":
         layer += q + 2 * kv  # biases of q, k and v
-    if config["model_type"] == "qwen3":
+    if config["model_type"] in ("qwen3", "qwen3_moe"):
         layer += 2 * d  # norms of q and k
+    if config["model_type"] == "olmoe":
+        layer += q + kv  # norms of q and k over all heads
     return ELEMENT * (config["num_hidden_layers"] * layer + hidden + config["vocab_size"] * hidden)
 
 
@@ -79,9 +92,10 @@ def kv_bytes(config: dict[str, Any], lengths: list[float], plugin: Any = None) -
         index = pages * plugin.record_elements(head_size(config)) * config["num_key_value_heads"] * ELEMENT
         if plugin.score == "exact":
             index += row * length  # every key is read to choose
-        kept = 2 * row * min(plugin.capacity * plugin.page_size, length)
+        kept = 2 * row * min(plugin.least_keys, length)
         exact = sum(1 for i in plugin.dense_layers if 0 <= i < layers)
-        total += exact * dense + (layers - exact) * (kept + index)
+        whole = getattr(plugin, "dense_share", 0.0)  # of the heads of sparse layers
+        total += exact * dense + (layers - exact) * (whole * dense + (1 - whole) * kept + index)
     return total
 
 

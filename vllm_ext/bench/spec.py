@@ -1,7 +1,7 @@
 """Speculation on real prompts: output tokens a second, acceptance and the drafter's share, beside stock vLLM.
 
-Greedy. A batch of B means that B requests are in flight until the prompts of the load run out. Every row serves the same
-prompts with its own engine in a process of its own; the first row does not speculate.
+Greedy. A batch of B means that B requests are in flight until the prompts of the load run out. Every row serves the
+same prompts with an engine in a process of its own; the first row does not speculate.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def parse_spec_row(text: str) -> Row:
         return parse_row(text)
     method, _, rest = text.removeprefix(STOCK).partition(",")
     values = parse_row(f"vllm:{rest}").options["vllm"] if rest else {}
-    return Row(text, {"method": method, **values})
+    given: dict[str, Any] = {"method": method, **values}
+    return Row(text, given)
 
 
 def bench_spec(
@@ -107,7 +108,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     from vllm_ext.evaluation.engine import engine, prepare_process
     from vllm_ext.evaluation.run import describe
 
-    plan = SpecPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["plan"].items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job["plan"].items()}
+    plan = SpecPlan(**given)
     prepare_process()
     began = time.monotonic()
     arguments = {
@@ -197,7 +199,8 @@ class _DraftClock:
     def __init__(self, llm: Any) -> None:
         import torch
 
-        self.count, self._cuda, self._pairs, self._seconds = 0, torch.cuda.is_available(), [], 0.0
+        self.count, self._cuda, self._seconds = 0, torch.cuda.is_available(), 0.0
+        self._pairs: list[Any] = []
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
         if drafter is not None:

@@ -7,23 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_ext.cli import bench_spec_cmd
+from vllm_ext.cli import bench_cost_cmd, bench_spec_cmd
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     from vllm_ext.cli.bench_moe_cmd import moe
+    from vllm_ext.cli.bench_routers_cmd import routers
+    from vllm_ext.cli.bench_serving_cmd import serving
 
     bench = typer.Typer(help="Speed beside stock vLLM, with spread and the byte floor.", no_args_is_help=True)
     bench.command("decode")(decode)
     bench.command("kernels")(kernels)
     bench.command("spec")(bench_spec_cmd.spec)
+    bench.command("cost-table")(bench_cost_cmd.cost_table)
+    bench.command("verify")(bench_cost_cmd.verify)
     bench.command("moe")(moe)
+    bench.command("routers")(routers)
+    bench.command("serving")(serving)
     app.add_typer(bench, name="bench")
 
 
 def decode(
-    shape: Annotated[str, typer.Option(help="llama-3.1-8b, qwen3-8b, qwen2.5-1.5b, smollm2 or tiny")],
+    shape: Annotated[
+        str, typer.Option(help="llama-3.1-8b, qwen3-8b, qwen2.5-1.5b, smollm2, olmoe-1b-7b, qwen3-30b-a3b or tiny")
+    ],
     case: Annotated[list[str], typer.Option(help="BATCHxCONTEXT, e.g. 8x32768; repeatable")],
     plugins: Annotated[
         list[str] | None, typer.Option(help="a row, e.g. 'quest:budget=4096'; repeatable, dense is always first")

@@ -1,4 +1,4 @@
-"""`vllm-ext kv-error`: how far each eviction method moves the output of attention, beside random, recent and oracle choices."""
+"""`vllm-ext kv-error`: how far eviction moves the output of attention, beside random, recent and oracle choices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kv_error(
     out: Annotated[Path | None, typer.Option(help="folder for kv-error.json")] = None,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
-    """Error of every layer's attention output after eviction; the controls random_kv, streaming_llm and the oracle are added."""
+    """Error of every layer's attention output after eviction; random_kv, streaming_llm and an oracle are added."""
     from rich.console import Console
 
     from vllm_ext import records

@@ -27,6 +27,7 @@ def report(
     target: Annotated[float, typer.Option(help="hit rate that an expert cache must reach")] = 0.9,
     segments: Annotated[int, typer.Option(help="most segments of 512 tokens in the cache simulations")] = 64,
     out: Annotated[Path | None, typer.Option(help="folder for moe-report.json and moe-report.png")] = None,
+    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
     """Expert load, imbalance, local routing consistency (SRP, SCH) and the expert cache that a trace asks for."""
     from rich.console import Console
@@ -52,7 +53,7 @@ def report(
         console.print(table)
     print(reports.verdict(results) + reports.cache_text(results))
     if out is not None:
-        records.save(records.record("moe report", results, trace=trace.name), out / "moe-report.json")
+        records.save(records.record("moe report", results, commit=commit), out / "moe-report.json")
         reports.plot(results, out / "moe-report.png")
         print(f"written: {out / 'moe-report.json'}, {out / 'moe-report.png'}")
 
@@ -120,10 +121,34 @@ def upcycle(
     top_k: Annotated[int, typer.Option(help="experts a token")] = 2,
     noise: Annotated[float, typer.Option(help="noise on the copies, in standard deviations of each matrix")] = 0.0,
     router: Annotated[float, typer.Option(help="standard deviation of the gate weights")] = 0.02,
-    seed: Annotated[int, typer.Option(help="of gates and noise")] = 0,
+    seed: Annotated[int, typer.Option(help="of gates, noise and windows")] = 0,
+    steps: Annotated[
+        int, typer.Option(help="steps of continued training, in which the experts part ways; 0 = none")
+    ] = 0,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text to train on; repeatable [default: shipped prose]")
+    ] = None,
+    window: Annotated[int, typer.Option(help="training: tokens a window")] = 1024,
+    batch: Annotated[int, typer.Option(help="training: windows a step")] = 16,
+    lr: Annotated[float, typer.Option(help="training: highest learning rate")] = 3e-4,
+    device: Annotated[str, typer.Option(help="training: auto, cuda or cpu")] = "auto",
+    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
-    """Write a Mixtral whose experts are copies of a Llama's MLPs: an MoE model with real weights, for tests."""
+    """Write a Mixtral whose experts are copies of a Llama's MLPs, trained if asked to: an MoE model for tests."""
+    from vllm_ext import records
     from vllm_ext.moe import models
 
-    path: Any = models.upcycle(dense, out, experts=experts, top_k=top_k, noise=noise, router=router, seed=seed)
-    print(path)
+    start: dict[str, Any] = {"experts": experts, "top_k": top_k, "noise": noise, "router": router, "seed": seed}
+    if not steps:
+        print(models.upcycle(dense, out, **start))
+        return
+    from vllm_ext.training import launch
+    from vllm_ext.training import text as texts
+    from vllm_ext.training import upcycle as training
+    from vllm_ext.training.model import pick_device
+
+    settings = training.Settings(**start, steps=steps, window=window, batch=batch, lr=lr)
+    checkpoint = launch.checkpoint_of(out)
+    results = training.train(dense, texts.read(text or []), out, settings, checkpoint, pick_device(device))
+    records.save(records.record("moe upcycle", results, commit=commit), out.with_name(out.name + ".json"))
+    print(out)

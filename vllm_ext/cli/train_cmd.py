@@ -1,4 +1,4 @@
-"""`vllm-ext train`: what a plugin learns from a model before it is served; one subcommand, one module `train_<name>`."""
+"""`vllm-ext train`: what a plugin learns from a model before it is served; one module `train_<name>` a subcommand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 
 import typer
 
-SUBCOMMANDS = ("seer", "lychee", "trim", "pard")
+SUBCOMMANDS = ("seer", "lychee", "trim", "layers", "pard")
 
 
 def register(app: typer.Typer) -> None:
     """Add the command and its subcommands to the application."""
     train = typer.Typer(
-        help="Train what a plugin needs of a model: gates, head roles. Resumable; the model's weights stay as they are.",
+        help="Train what a plugin needs of a model: gates, head roles, drafters. An interrupted run can go on.",
         no_args_is_help=True,
         add_completion=False,
     )

@@ -33,12 +33,14 @@ def pard(
     lr: Annotated[float, typer.Option(help="highest learning rate")] = 4e-4,
     seed: Annotated[int, typer.Option(help="of windows and anchors")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")
+    ] = False,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
     """Adapt a model to draft several tokens in one forward (PARD); an interrupted run goes on where it stopped.
 
-    Writes a model directory that `--plugins pard` takes, and OUT.json beside it: settings, losses, agreement by position.
+    Writes a model directory that `--plugins pard` takes, and OUT.json: settings, losses, agreement by position.
     """
     from vllm_ext import records
     from vllm_ext.options import ConfigError

@@ -30,7 +30,9 @@ def seer(
     seed: Annotated[int, typer.Option(help="of windows, queries and the gates' start")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")
+    ] = False,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
     """Train SeerAttention-R gates by self-distillation; an interrupted run goes on where it stopped.

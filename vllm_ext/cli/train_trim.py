@@ -31,7 +31,9 @@ def trim(
     seed: Annotated[int, typer.Option(help="of windows and the gates' start")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")
+    ] = False,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
     """Train TRIM-KV retention gates by distillation under a memory limit; an interrupted run goes on where it stopped.

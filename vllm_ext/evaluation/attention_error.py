@@ -48,7 +48,7 @@ class Layer:
     side: Tensor | None
 
     def outputs(self, prompt: int, kept: Tensor | None) -> Tensor:
-        """Attention of the tokens behind the prompt to `kept` [H, B] of it (None = all) and to each other: [m, hidden]."""
+        """Attention of the tokens behind the prompt to `kept` [H, B] of it (None = all) and each other: [m, hidden]."""
         heads, total, _ = self.keys.shape
         m = total - prompt
         index = torch.arange(prompt, device=self.keys.device).expand(heads, -1) if kept is None else kept
@@ -64,7 +64,7 @@ class Layer:
 
 
 def keep(method: KVMethod, layer: Layer, prompt: int, share: float) -> Tensor:
-    """Tokens of the prompt that the method keeps in this layer: [H, B] ascending. As the engine does, without its pages."""
+    """Tokens of the prompt that the method keeps in this layer, as the engine would: [H, B] ascending."""
     heads = layer.keys.shape[0]
     counts = Counts(method, share)
     held = torch.arange(0, device=layer.keys.device).expand(heads, 0)
@@ -91,8 +91,9 @@ def _view(
 ) -> KVView:
     at = held[..., None].expand(-1, -1, layer.keys.shape[-1])
     side = None if layer.side is None else layer.side.gather(1, held)[None, ..., None]
+    queries = layer.queries[max(0, seen - method.window) : seen]
     view = KVView.from_tensors(
-        layer.keys.gather(1, at)[None], layer.values.gather(1, at)[None], layer.queries[max(0, seen - method.window) : seen][None],
+        layer.keys.gather(1, at)[None], layer.values.gather(1, at)[None], queries[None],
         scale=layer.scale, budget=budget, prompt=prompt, seen=seen, positions=held[None], side=side,
         output_weights=[layer.weight], layers=[layer.number],
     )  # fmt: skip
@@ -168,7 +169,9 @@ class _Sides:
     def __init__(self, model: Frozen, methods: Sequence[KVMethod | None]) -> None:
         self.model, self.hooks, self.values = model, [], {}  # type: ignore[var-annotated]
         config = model.body.config.get_text_config()
-        self.gates = {i: m.load_gates(config) for i, m in enumerate(methods) if m is not None and hasattr(m, "load_gates")}
+        self.gates = {
+            i: m.load_gates(config) for i, m in enumerate(methods) if m is not None and hasattr(m, "load_gates")
+        }
 
     def of(self, place: int, layer: int) -> Tensor | None:
         return self.values.get((place, layer))
@@ -207,6 +210,8 @@ def check_prompt(methods: Sequence[KVMethod], prompt: int) -> None:
     """Raise ConfigError unless `prompt` is a whole number of every method's blocks and scores fit this measurement."""
     for m in methods:
         if prompt % m.block_size:
-            raise ConfigError(f"--length must be a multiple of {m.plugin_name()}.block_size ({m.block_size}), got {prompt}.")
+            raise ConfigError(
+                f"--length must be a multiple of {m.plugin_name()}.block_size ({m.block_size}), got {prompt}."
+            )
         if m.scope == "model":
             raise ConfigError(f"{m.plugin_name()}.scope model needs all layers at once; use scope head or layer here.")

@@ -47,7 +47,7 @@ class Kern(MoEMethod):
         return KernRouting(layer.top_k, gamma, self.eps, self.sum_to_one)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KernRouting:
     """One layer's router; `width` is K."""
 

@@ -78,6 +78,7 @@ class Runner(MoERunner):
     def __init__(self, layer_name: str, moe_config: Any, router: Any, routed_experts: Any, **kwargs: Any) -> None:
         self_facts = facts(moe_config, routed_experts.renormalize, layer_name)
         kernel = getattr(routed_experts.quant_method, "kernel", None)
+        _check_kernel(selected(), routed_experts.quant_method)
         router = Router(router, self_facts, bool(kernel and kernel.skips), routed_experts)
         super().__init__(layer_name, moe_config, router, routed_experts, **kwargs)
         self.facts = self_facts
@@ -147,10 +148,15 @@ def _check_router(plugin: MoEMethod, stock: Any, routed_experts: Any) -> None:
     }
     if found := [text for text, present in special.items() if present]:
         raise ConfigError(f"--plugins {name} cannot honour {found[0]} of this model's router; drop the plugin.")
-    if routed_experts.quant_method.is_monolithic:
+
+
+def _check_kernel(plugins: Sequence[MoEMethod], quant_method: Any) -> None:
+    """Refuse kernels that choose the experts themselves: they would pass by routers and observers without a word."""
+    names = [p.plugin_name() for p in plugins if p.routes or p.observes]
+    if names and quant_method.is_monolithic:
         raise ConfigError(
-            f"--plugins {name} needs an experts kernel that takes expert ids, and the one vLLM chose routes by itself; "
-            "add --moe-backend triton."
+            f"--plugins {names[0]} needs an experts kernel that takes expert ids, and the one that vLLM chose routes "
+            "by itself; add --moe-backend triton."
         )
 
 
@@ -172,7 +178,8 @@ class UnquantizedMethod(UnquantizedFusedMoEMethod):
         self.kernel: ExpertsKernel | None = None
         if found:
             plugin, self.kernel = found[0]
-            self.experts_cls = experts_class(self.experts_cls, self.kernel, plugin.plugin_name())
+            stock: Any = vars(self)["experts_cls"]
+            self.experts_cls = experts_class(stock, self.kernel, plugin.plugin_name())
 
 
 def experts_class(stock: Any, kernel: ExpertsKernel, plugin: str) -> Any:

@@ -15,7 +15,7 @@ COMPATIBILITY = {
     "routers that group experts, add a bias or scale the output": "refused by router plugins, traced as they are",
     "quantized experts": "routers and traces work; experts kernels leave them stock",
     "kernels that route by themselves (monolithic)": "refused: --moe-backend triton",
-    "tensor and expert parallelism, EPLB": "works; EPLB's map and load counts stay vLLM's",
+    "tensor and expert parallelism, EPLB": "left to vLLM, behind the router: its maps and load counts stay its own",
     "--enable-return-routed-experts": "works; shows the plugin's choice",
     "CUDA graphs, torch.compile, model runners V1 and V2": "works",
     "chunked prefill, mixed batches, prefix caching, preemption": "works",
@@ -35,14 +35,14 @@ def check(plugin: MoEMethod, cfg: Any) -> None:
         _fail(f"--plugins {name} needs a mixture-of-experts model, which {model.model} is not; drop the plugin.")
     if cfg.lora_config is not None:
         _fail(f"--plugins {name} does not support LoRA adapters on MoE layers; drop --enable-lora or the plugin.")
-    if not plugin.routes:
+    if not (plugin.routes or plugin.observes):
         return
     if cfg.kernel_config.moe_backend in ROUTING_BACKENDS:
         _fail(
             f"--plugins {name} needs an experts kernel that takes expert ids, and --moe-backend "
             f"{cfg.kernel_config.moe_backend} routes by itself; use --moe-backend triton."
         )
-    if special := special_routing(model.hf_text_config):
+    if plugin.routes and (special := special_routing(model.hf_text_config)):
         _fail(f"--plugins {name} cannot honour {special} of {model.model}'s router; drop the plugin.")
 
 

@@ -115,6 +115,8 @@ class MoEMethod:
     kind: ClassVar[str] = "moe"
     routes: ClassVar[bool] = False
     """Whether `routing` replaces the model's router."""
+    observes: ClassVar[bool] = False
+    """Whether it adds observers; like a router, these need an experts kernel that takes expert ids."""
 
     @classmethod
     def plugin_name(cls) -> str:

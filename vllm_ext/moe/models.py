@@ -37,7 +37,7 @@ def upcycle(
     import torch
     from safetensors.torch import load_file
 
-    config = _llama_config(dense)
+    config = llama_config(dense)
     if not 1 <= top_k <= experts:
         raise ConfigError(f"--top-k must be between 1 and --experts ({experts}), got {top_k}.")
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def upcycle(
         gate = torch.randn(experts, config["hidden_size"], generator=generator) * router
         block = Experts(gate.to(stacks[0].dtype), *stacks)
         writer.add(expert_tensors(LAYOUTS["mixtral"], layer, block))
-    return writer.close(config | _family("mixtral", experts, top_k, config["intermediate_size"]))
+    return writer.close(config | family_config("mixtral", experts, top_k, config["intermediate_size"]))
 
 
 def _noisy(weight: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
@@ -64,7 +64,8 @@ def _noisy(weight: torch.Tensor, noise: float, generator: torch.Generator) -> to
     return (wide + torch.randn(wide.shape, generator=generator) * wide.std() * noise).to(weight.dtype)
 
 
-def _llama_config(dense: Path) -> dict[str, Any]:
+def llama_config(dense: Path) -> dict[str, Any]:
+    """config.json of a Llama's directory; ConfigError if it is another model."""
     try:
         config = json.loads((dense / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -74,7 +75,7 @@ def _llama_config(dense: Path) -> dict[str, Any]:
     return config
 
 
-def _family(family: str, experts: int, top_k: int, width: int) -> dict[str, Any]:
+def family_config(family: str, experts: int, top_k: int, width: int) -> dict[str, Any]:
     """Config keys that make a Llama's config one of an MoE family."""
     layout = LAYOUTS[family]
     config: dict[str, Any] = {layout.count: experts, layout.width: width, "num_experts_per_tok": top_k}
@@ -149,4 +150,4 @@ def tiny_moe(
             )
             weights |= expert_tensors(LAYOUTS[family], layer, block)
         writer.add(weights)
-        return writer.close(config | _family(family, experts, top_k, width))
+        return writer.close(config | family_config(family, experts, top_k, width))

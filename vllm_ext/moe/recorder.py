@@ -52,24 +52,39 @@ class Recorder:
         self.facts = layers[0].facts
         width = max(layer.router.width for layer in layers)
         dtype = getattr(torch, np.dtype(id_dtype(self.facts.num_experts)).name)
-        shape = (self.facts.max_tokens, len(layers), width)
+        graphs = worker.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        shape = (max(self.facts.max_tokens, graphs), len(layers), width)
         self.buffer = torch.zeros(shape, dtype=dtype, device=worker.device)
         for i, layer in enumerate(layers):
             layer.router.observers.append(Capture(self.buffer[:, i]))
+        self.warm = False
         self.parts: dict[str, list[tuple[int, np.ndarray]]] = {}
         self.prompts: dict[str, int] = {}
         self.tokens = self.saved_tokens = 0
         self.saved_at = time.monotonic()
         self.pending: deque[tuple[torch.Tensor, Any, list[Span]]] = deque()
+        worker.compile_or_warm_up_model = self._after_warm_up(worker.compile_or_warm_up_model)
         worker.execute_model = self._after_step(worker.execute_model)
         worker.shutdown = self._before_shutdown(worker.shutdown)
         atexit.register(self.save)
+
+    def _after_warm_up(self, warm_up: Any) -> Any:
+        """The warm-up of model runner V2 sends requests of its own through `execute_model`."""
+
+        @functools.wraps(warm_up)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = warm_up(*args, **kwargs)
+            self.warm = True
+            return result
+
+        return wrapper
 
     def _after_step(self, execute_model: Any) -> Any:
         @functools.wraps(execute_model)
         def wrapper(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             result = execute_model(scheduler_output, *args, **kwargs)
-            self.step(scheduler_output)
+            if self.warm:
+                self.step(scheduler_output)
             return result
 
         return wrapper
@@ -85,9 +100,10 @@ class Recorder:
 
     def step(self, scheduler_output: Any) -> None:
         """Start the copy of this step's rows, take in those that have arrived, and save now and then."""
-        for new in scheduler_output.scheduled_new_reqs:
-            self.prompts[new.req_id] = len(new.prompt_token_ids or ())
         if scheduler_output.total_num_scheduled_tokens and self.tokens < self.plugin.max_tokens:
+            for new in scheduler_output.scheduled_new_reqs:
+                if self.sampled(new.req_id):
+                    self.prompts[new.req_id] = len(new.prompt_token_ids or ())
             spans = [s for s in spans_of(self.worker.model_runner, scheduler_output) if self.sampled(s[0])]
             if spans:
                 self._fetch(spans)
@@ -96,9 +112,6 @@ class Recorder:
         full = self.tokens >= self.plugin.max_tokens
         if self.tokens > self.saved_tokens and (full or (scheduler_output.finished_req_ids and due)):
             self.save()
-        for request in scheduler_output.finished_req_ids:
-            if request not in self.parts:
-                self.prompts.pop(request, None)
 
     def sampled(self, request: str) -> bool:
         """Whether a request is traced: a function of its id, the same in every step."""
@@ -135,7 +148,10 @@ class Recorder:
         room = self.plugin.max_tokens
         rows, first, prompts = [], [], []
         empty = none_id(id_dtype(self.facts.num_experts))
-        for request, parts in self.parts.items():
+        for request, prompt in self.prompts.items():  # in the order of arrival
+            parts = self.parts.get(request)
+            if not parts:
+                continue
             start = min(position for position, _ in parts)
             end = max(position + len(ids) for position, ids in parts)
             whole = np.full((end - start, *self.buffer.shape[1:]), empty, dtype=parts[0][1].dtype)
@@ -143,7 +159,7 @@ class Recorder:
                 whole[position - start : position - start + len(ids)] = ids
             rows.append(whole[:room])
             first.append(start)
-            prompts.append(self.prompts.get(request, 0))
+            prompts.append(prompt)
             room -= len(rows[-1])
             if room <= 0:
                 break
@@ -178,7 +194,7 @@ def spans_of(runner: Any, scheduler_output: Any) -> Iterator[Span]:
     batch = getattr(state, "input_batch", None)
     if batch is not None:
         bounds = batch.query_start_loc_np[: len(batch.req_ids) + 1]
-        starts, counts = batch.num_computed_tokens_np, np.diff(bounds)
+        starts, counts = batch.num_computed_tokens_np, np.diff(bounds).tolist()
     else:
         batch = runner.input_batch
         starts = batch.num_computed_tokens_cpu

@@ -75,7 +75,9 @@ def search(layer: moe.Layer, tokens: int, pool: CompilePool) -> tuple[Tiles, flo
         if best is None or ups[up] + downs[down] < best[0]:
             best = ups[up] + downs[down], Tiles(up, down)
     assert best is not None
-    return best[1], moe.measure(moe.sonic(layer, calls, best[1]), len(calls))
+    overlapped = dataclasses.replace(best[1], pdl=True)
+    times = {t: moe.measure(moe.sonic(layer, calls, t), len(calls)) for t in (best[1], overlapped)}
+    return min(times.items(), key=lambda item: item[1])
 
 
 def _plans(layer: moe.Layer, calls: list[Any], bm: int) -> list[moe_route.Route]:
@@ -94,7 +96,7 @@ def _time(layer: moe.Layer, calls: list[Any], plans: list[moe_route.Route], whic
     shape = layer.shape
     pairs = calls[0][2].numel()
     y1, y2 = torch.randn(pairs, shape.n, device="cuda").to(layer.w2.dtype), layer.w2.new_empty(pairs, shape.d)
-    flags = {"NAIVE": sonic_moe.unsorted(pairs, shape.experts), "HAS_MAP": False}
+    flags = {"NAIVE": sonic_moe.unsorted(pairs, shape.experts), "HAS_MAP": False, "PDL": False}
 
     def walk() -> None:
         for (x, _, ids), plan in zip(calls, plans):

@@ -34,6 +34,11 @@ class TokenRounding(MoEMethod):
     def check(self, vllm_config: Any) -> None:
         """See MoEMethod; also refuses what needs K experts a token, or answers that do not depend on the batch."""
         super().check(vllm_config)
+        if vllm_config.model_config.quantization is not None:
+            raise ConfigError(
+                f"--plugins token_rounding gives tokens a variable number of experts, which kernels of "
+                f"{vllm_config.model_config.quantization} experts may not take; drop the plugin."
+            )
         if vllm_config.aux_output_config.enabled:
             raise ConfigError(
                 "--plugins token_rounding gives tokens a variable number of experts, which "

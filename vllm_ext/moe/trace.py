@@ -20,6 +20,7 @@ class MoETrace(MoEMethod):
     """
 
     name: ClassVar[str] = "moe_trace"
+    observes: ClassVar[bool] = True
 
     path: str = option("moe-trace.safetensors", "file to write; an older one is replaced")
     share: float = option(1.0, "share of the requests that is traced", minimum=0, maximum=1)

@@ -38,7 +38,9 @@ class Gates(nn.Module):
             ConfigError: an activation that gates do not have.
         """
         if config.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"gates use the activation of the model's MLP, but '{config.hidden_act}' is not supported.")
+            raise ConfigError(
+                f"gates use the activation of the model's MLP, but '{config.hidden_act}' is not supported."
+            )
         return cls(fingerprint(config), config.hidden_act, inner, bias, seed)
 
     def forward(self, layer: int, x: Tensor) -> Tensor:

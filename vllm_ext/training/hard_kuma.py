@@ -1,4 +1,4 @@
-"""The HardKuma distribution: a gate in [0, 1] that is exactly 0 or 1 with positive probability (LycheeDecode, section 3.3).
+"""HardKuma: a gate in [0, 1] that is exactly 0 or 1 with positive probability (LycheeDecode, section 3.3).
 
 Kumaraswamy(alpha, beta) on (0, 1), stretched to (-0.1, 1.1) and clipped.
 """

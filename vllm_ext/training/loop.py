@@ -41,7 +41,7 @@ def cosine(steps: int, lr: float, floor: float, warmup: int) -> Callable[[int], 
 
 
 def trapezoid(steps: int, lr: float, share: float = 0.2, least: float = 0.1) -> Callable[[int], float]:
-    """Learning rate that rises over the first `share` of the steps and falls over the last, never below `least * lr`."""
+    """Learning rate that rises over the first `share` of the steps and falls over the last, at least `least * lr`."""
     ramp = max(1, int(steps * share))
     return lambda step: lr * min(1.0, max((step + 1) / ramp, least), max((steps - step) / ramp, least))
 
@@ -131,7 +131,9 @@ class Run:
             return 0
         tensors, notes = read_checkpoint(self.checkpoint)
         differing = sorted(
-            k for k in self.settings.keys() | notes["settings"].keys() if self.settings.get(k) != notes["settings"].get(k)
+            k
+            for k in self.settings.keys() | notes["settings"].keys()
+            if self.settings.get(k) != notes["settings"].get(k)
         )
         if differing:
             key = differing[0]

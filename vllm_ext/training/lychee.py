@@ -2,8 +2,8 @@
 
 A prompt hides passkeys; its last tokens ask for them. Those label tokens are decoded twice over the context's dense
 keys: densely, and with each KV head's attention weights blended, z * dense + (1 - z) * (its inherited pages only). z is
-HardKuma, one (alpha, beta) a layer and head. Loss: mean square difference of the final hidden states, plus a Lagrangian that
-brings P(z != 0) down to the target density (paper, sections 3.3 and 4.1).
+HardKuma, one (alpha, beta) a layer and head. Loss: mean square difference of the final hidden states, plus a Lagrangian
+that brings P(z != 0) down to the target density (paper, sections 3.3 and 4.1).
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Blend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = (torch.cat([a, b], 2) for a, b in zip(self.context[layer], (k, v)))
-        (b, h, n, _), m = k.shape, q.shape[2]
-        x = (q.unflatten(1, (h, -1)).flatten(2, 3) @ k.transpose(-1, -2)).float().unflatten(2, (-1, m)) * scale
+        (_, h, n, _), m = k.shape, q.shape[2]
+        x = q.float().unflatten(1, (h, -1)).flatten(2, 3) @ k.float().transpose(-1, -2)
+        x = x.unflatten(2, (-1, m)) * scale
         seen = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
         weight = x.masked_fill(~seen, -math.inf).softmax(-1)
         z = self.z[:, layer, :, None, None, None].float()

@@ -27,7 +27,9 @@ _watcher: Watcher | None = None
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of the last m of n tokens: q [B, Hq, m, D], k and v [B, H, n, D] -> [B, Hq, m, D]."""
     m, n = q.shape[2], k.shape[2]
-    mask = None if m == n or m == 1 else torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
+    mask = None
+    if 1 < m < n:
+        mask = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=m == n and m > 1, scale=scale, enable_gqa=True)
 
 
@@ -64,7 +66,7 @@ class Frozen:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is CUDA where there is one."""
+    """ "auto" is CUDA where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
@@ -90,5 +92,7 @@ def load(model: str | Path, device: str = "auto", dtype: str = "auto", tokenizer
     body = AutoModel.from_pretrained(path, dtype=kind, attn_implementation=NAME).to(place).eval()
     body.requires_grad_(False)
     if not hasattr(body, "rotary_emb") or getattr(body.config, "sliding_window", None):
-        raise ConfigError(f"--model {model} ({body.config.model_type}) is not supported: full attention with rotary is.")
+        raise ConfigError(
+            f"--model {model} ({body.config.model_type}) has no plain full attention with rotary positions."
+        )
     return Frozen(body, tokenizer or AutoTokenizer.from_pretrained(path), shape, place, kind, path.name)

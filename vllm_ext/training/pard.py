@@ -1,8 +1,8 @@
-"""PARD: adapt a small model so that mask tokens predict the tokens after the next one (An et al., ICLR 2026, section 3).
+"""PARD: adapt a small model so that mask tokens predict the tokens after the next (An et al., ICLR 2026, section 3).
 
-Subtask k predicts token t + k from the real tokens up to t and k - 1 mask tokens. All subtasks of a window are packed into
-one sequence: the real tokens, then for k = 2 .. K the masks of the anchors t that subtask k keeps. Conditional drop keeps
-a falling share of anchors, each a subset of the one before, so that a kept mask always finds the masks before it.
+Subtask k predicts token t + k from the real tokens up to t and k - 1 mask tokens. All subtasks of a window are packed
+into one sequence: the real tokens, then for k = 2 .. K the masks of the anchors t that subtask k keeps. Conditional
+drop keeps a falling share of anchors, each a subset of the one before: a kept mask always finds those before it.
 Labels are the teacher's distributions on the same window: a draft is good if the target agrees with it.
 """
 
@@ -29,7 +29,8 @@ class Settings:
     Attributes:
         layers: layers of the draft model, spread evenly over those of the given one; 0 = all of them.
         drafts: K, subtasks.
-        keep, keep_least: share of anchors that each subtask keeps of the one before, and at least of all (paper: 0.7, 0.2).
+        keep, keep_least: share of anchors that each subtask keeps of the one before, and at least of all (paper: 0.7
+            and 0.2).
         mask_token: token id that stands for an unknown token; -1 = the last of the vocabulary.
         steps, batch, window: training steps, windows of a step, tokens of a window.
         lr, seed: highest learning rate; seed of windows and anchors.
@@ -111,7 +112,9 @@ def load_draft(model: Path, layers: int, device: torch.device) -> Any:
     return found.to(device).train()
 
 
-def loss_of(draft: Any, teacher: Tensor, tokens: Tensor, packed: Packed, mask_token: int, amp: bool) -> tuple[Tensor, Tensor]:
+def loss_of(
+    draft: Any, teacher: Tensor, tokens: Tensor, packed: Packed, mask_token: int, amp: bool
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy against the teacher over kept subtasks, and the share of equal best tokens by subtask.
 
     Args:
@@ -196,7 +199,8 @@ def train(
     save(draft, tokenizer, mask_token, out)
     checkpoint.unlink(missing_ok=True)
     return {
-        "settings": asdict(settings), "mask_token": mask_token, "parameters": sum(p.numel() for p in draft.parameters()),
+        "settings": asdict(settings), "mask_token": mask_token,
+        "parameters": sum(p.numel() for p in draft.parameters()),
         "tokens": int(tokens.numel()), "seconds": run.seconds, "history": run.history,
         "held_out_loss": float(loss), "held_out_agreement": [float(r) for r in rates],
     }  # fmt: skip

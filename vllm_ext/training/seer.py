@@ -1,8 +1,8 @@
 """Self-distillation of SeerAttention-R gates: each layer's gate learns its own layer's pooled attention.
 
-Target of a query: its attention weights, the largest in each block and over the group's heads, normalised (paper, section
-3.2). Loss: KL(target || gate), mean over queries and KV heads, summed over layers; no gradient goes through the model.
-A query's own block is left out on both sides: it is always read and has no gate key yet when it is.
+Target of a query: its attention weights, the largest in each block and over the group's heads, normalised (paper,
+section 3.2). Loss: KL(target || gate), mean over queries and KV heads, summed over layers; no gradient goes through the
+model. A query's own block is left out on both sides: it is always read and has no gate key yet when it is.
 """
 
 from __future__ import annotations
@@ -60,10 +60,17 @@ class Settings:
             raise ConfigError(
                 f"--window {self.window} must be a multiple of --page-size {self.page_size} and at least four of it."
             )
+        if self.width not in (None, *gate_file.WIDTHS):
+            raise ConfigError(f"--width must be one of {', '.join(map(str, gate_file.WIDTHS))}, got {self.width}.")
         if min(self.steps, self.batch, self.rows) < 1:
             raise ConfigError("--steps, --batch and --rows must be at least 1.")
         if not 0 <= self.passkeys <= 1:
             raise ConfigError(f"--passkeys must be between 0 and 1, got {self.passkeys}.")
+
+
+def default_width(head_size: int) -> int:
+    """The head size where the kernels take it, else the next smaller power of two."""
+    return max(w for w in gate_file.WIDTHS if w <= max(head_size, gate_file.WIDTHS[0]))
 
 
 class Gates:
@@ -72,7 +79,7 @@ class Gates:
     def __init__(self, model: Frozen, settings: Settings) -> None:
         self.model, self.settings = model, settings
         shape = model.shape
-        self.width = settings.width or shape.head_size
+        self.width = settings.width or default_width(shape.head_size)
         size = gate_file.shapes(shape, self.width)
         gen = loop.generator(settings.seed, -1)
         self.layers = [self._initial(size, gen) for _ in range(shape.layers)]
@@ -136,7 +143,7 @@ def batch_ids(model: Frozen, tokens: Tensor, s: Settings, step: int) -> Tensor:
     count = int(share) + int(torch.rand((), generator=gen) < share - int(share))
     for i in range(count):
         number = step * s.batch + i
-        ids[i] = torch.tensor(text.passkeys(model.tokenizer, tokens, s.window, s.window // 2, s.seed, number))
+        ids[i] = torch.tensor(text.passkeys(model.tokenizer, tokens, s.window, s.window // 4, s.seed, number))
     return ids
 
 
@@ -176,7 +183,8 @@ def evaluate(gates: Gates, windows: list[list[int]]) -> dict[str, float]:
 
     def watch(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         (b, h, n, d), page = k.shape, s.page_size
-        x = (q[:, :, rows].reshape(b, h, -1, d) @ k.transpose(-1, -2)).float().unflatten(2, (-1, rows.numel())) * scale
+        x = q[:, :, rows].float().reshape(b, h, -1, d) @ k.float().transpose(-1, -2)
+        x = x.unflatten(2, (-1, rows.numel())) * scale
         x = x.masked_fill(torch.arange(n, device=device) > rows[:, None], -math.inf).softmax(-1)
         mass = x.unflatten(-1, (-1, page)).sum(-1).mean(2) * complete
         logits = gates.logits(layer, q, k, rows).detach()

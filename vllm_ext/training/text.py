@@ -102,8 +102,8 @@ def passkeys(
     room = length - len(head) - len(answers) - sum(map(len, needles))
     if room < 1 or room > tokens.numel():
         raise ConfigError(
-            f"a window of {length} tokens with {keys} passkeys needs {length - room} tokens besides text, and there are "
-            f"{tokens.numel()} tokens of text; change --window or give more --text."
+            f"a window of {length} tokens with {keys} passkeys needs {length - room} tokens besides text, and there "
+            f"are {tokens.numel()} tokens of text; change --window or give more --text."
         )
     start = rng.randrange(tokens.numel() - room + 1)
     prose = tokens[start : start + room].tolist()

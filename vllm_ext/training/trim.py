@@ -69,10 +69,13 @@ def batch_ids(model: Frozen, tokens: Tensor, s: Settings, step: int) -> Tensor:
     gen = loop.generator(s.seed, step)
     length = s.window + 1
     ids = text.windows(tokens, s.batch, length, gen, corpus.leading_special(model.tokenizer))
-    keys = max(1, min(10, s.window // 200))
     for i in range(s.passkeys):
-        prompt = text.passkeys(model.tokenizer, tokens, length, s.seed, step * s.batch + i, keys=keys)
-        ids[s.batch - 1 - i] = torch.tensor(prompt.context + prompt.labels)
+        ids[s.batch - 1 - i] = torch.tensor(
+            text.passkeys(
+                model.tokenizer, tokens, length=length, labels=s.window // 8, seed=s.seed, step=step * s.batch + i,
+                keys=max(1, min(10, s.window // 200)),
+            )
+        )  # fmt: skip
     return ids
 
 
@@ -133,6 +136,7 @@ def train(
     gates = Gates.of(config, settings.inner, settings.bias, settings.seed).to(model.device)
     gated = GatedModel(model, gates, settings.memory)
     held_out = corpus.windows(model.tokenizer, windows, settings.window + 1) if windows else []
+    before = evaluate(gated, head, held_out) if held_out else {}
 
     def step(number: int) -> dict[str, Tensor]:
         found = losses(gated, head, batch_ids(model, tokens, settings, number))
@@ -145,9 +149,10 @@ def train(
         {**asdict(settings), "model": model.shape.to_json(), "tokens": tokens.numel()}, checkpoint, label="train trim",
     )  # fmt: skip
     run.fit(stop_after)
-    results = {"settings": run.settings, "seconds": run.seconds, "history": run.history}
+    results = {"settings": run.settings, "seconds": run.seconds, "history": run.history, "held_out": {"before": before}}
     if stop_after is not None and stop_after < settings.steps:
         return results
+    results["held_out"]["after"] = evaluate(gated, head, held_out) if held_out else {}
     gates.export(config, settings.memory).save(out)
     checkpoint.unlink(missing_ok=True)
-    return results | ({"held_out": evaluate(gated, head, held_out)} if held_out else {})
+    return results

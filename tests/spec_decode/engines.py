@@ -1,0 +1,86 @@
+"""Engines for the tests of speculation, each set in a process of its own (see `fresh_process`).
+
+Under vLLM 0.32 on CPUs no second engine starts in a process in which numba has been imported; a stock one may come
+first.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "attention_backends"))
+
+BASE = {
+    "dtype": "float32", "max_model_len": 256, "max_num_seqs": 6, "max_num_batched_tokens": 64, "seed": 0,
+    "enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": False,
+}  # fmt: skip
+
+
+def use_v2() -> None:
+    """Model runner V2 in Triton's interpreter, which must also take integer masks, as the compiler does."""
+    import v2_on_cpu  # noqa: F401
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    store = builder.create_masked_store
+
+    def masked_store(self: Any, pointer: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, pointer, value, mask, *rest)
+
+    builder.create_masked_store = masked_store
+
+
+def repetitive(count: int, vocab: int = 200) -> list[list[int]]:
+    """Prompts of many lengths in which look-ups find something; two begin alike (prefix caching)."""
+    rnd = random.Random(1)
+    made = [
+        ([rnd.randrange(5, vocab) for _ in range(rnd.randint(3, 9))] * 99)[: rnd.randint(4, 90)] for _ in range(count)
+    ]
+    return [*made[:-1], made[0] + [7, 8, 9]]
+
+
+def serve(
+    model: str, prompts: list[list[int]], plugins: dict[str, Any] | None, sampling: dict[str, Any], **extra: Any
+) -> dict[str, Any]:
+    """Answers of one engine, what it drafted, and what it published."""
+    from vllm import SamplingParams
+
+    import vllm_ext
+    from vllm_ext.evaluation.engine import engine
+
+    arguments = BASE | (vllm_ext.engine_args(*plugins, **plugins) if plugins else {}) | extra
+    params = SamplingParams(
+        **({"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False} | sampling)
+    )
+    with engine(model, arguments) as llm:
+        rounds = [llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False) for _ in range(2)]
+        found = {m.name: getattr(m, "value", getattr(m, "values", 0)) for m in llm.get_metrics()}
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        rows = getattr(getattr(runner, "speculator", None), "rows", None) or getattr(runner, "drafter", None)
+        drafter = getattr(rows, "drafter", None)
+        return {
+            "tokens": [[[list(c.token_ids) for c in o.outputs] for o in r] for r in rounds],
+            "logprobs": [len(c.logprobs or ()) for o in rounds[0] for c in o.outputs],
+            "preempted": found.get("vllm:num_preemptions", 0),
+            "cached": found.get("vllm:prefix_cache_hits", 0),
+            "drafted": found.get("vllm:spec_decode_num_draft_tokens", 0),
+            "accepted": found.get("vllm:spec_decode_num_accepted_tokens", 0),
+            "counted": None if drafter is None else drafter.counters.sum(0).tolist(),
+            "left": None if drafter is None else len(drafter.running()),
+            "runner": type(runner).__module__,
+        }
+
+
+def identity(
+    model: str, runner: str, plugins: dict[str, Any], sampling: dict[str, Any], count: int, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The same prompts without and with plugins."""
+    if runner == "v2":
+        use_v2()
+    prompts = repetitive(count)
+    stock = serve(model, prompts, None, sampling, **{k: v for k, v in extra.items() if k != "num_gpu_blocks_override"})
+    return {"stock": stock, "with": serve(model, prompts, plugins, sampling, **extra)}

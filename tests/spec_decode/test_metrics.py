@@ -1,0 +1,78 @@
+"""Speculation counters on their way from a worker to the server's registry, and the estimates for length policies."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vllm_ext import metrics, spec_metrics
+from vllm_ext.spec_decode.history import AcceptanceHistory
+from vllm_ext.spec_decode.lookup import ARMS
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """An engine whose counter files lie in a folder of the test."""
+    monkeypatch.setattr(metrics, "_folder", lambda: tmp_path)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    return lambda rank=0: SimpleNamespace(instance_id="e1", parallel_config=SimpleNamespace(rank=rank))
+
+
+def test_counters_reach_the_registry(config):
+    collector = spec_metrics.Collector("e1")
+    counters = np.zeros((len(ARMS), 5), np.int64)
+    counters[0], counters[2] = [3, 6, 4, 3, 1], [1, 2, 0, 0, 0]
+    spec_metrics.Publisher(config(1), "hsd").publish(ARMS, counters * 100, 1.0)  # other ranks stay silent
+    spec_metrics.Publisher(config(), "hsd").publish(ARMS, counters, 0.5)
+    found = {(s.name, *s.labels.values()): s.value for family in collector.collect() for s in family.samples}
+    assert found[("vllm_ext:spec_drafted_total", "longest", "hsd")] == 6
+    assert found[("vllm_ext:spec_accepted_total", "longest", "hsd")] == 4
+    assert found[("vllm_ext:spec_accepted_at_total", "longest", "hsd", "1")] == 1
+    assert found[("vllm_ext:spec_steps_total", "ngram", "hsd")] == 1
+    assert found[("vllm_ext:spec_draft_seconds_total", "all", "hsd")] == 0.5
+    assert not any("first" in key for key in found)
+
+
+def test_files_of_an_earlier_engine_do_not_count(config):
+    spec_metrics.Publisher(config(), "standard").publish(ARMS, np.ones((len(ARMS), 5), np.int64), 0.0)
+    assert spec_metrics.Collector("e1").read() == []
+
+
+def test_writes_are_spaced(config, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(spec_metrics.time, "monotonic", lambda: clock[0])
+    collector = spec_metrics.Collector("e1")
+    publisher = spec_metrics.Publisher(config(), "standard")
+    counters = np.ones((len(ARMS), 5), np.int64)
+    for at, want in ((1.0, 1), (1.1, 1), (1.3, 3)):
+        clock[0] = at
+        publisher.publish(ARMS, counters * want, 0.0)
+        assert collector.read()[0][2] == want
+        counters = np.ones_like(counters)
+
+
+def test_history_finds_the_rates():
+    """A request whose drafts survive with probability 0.8 a position, and one whose drafts never do."""
+    rng, history = np.random.default_rng(0), AcceptanceHistory(4)
+    for _ in range(400):
+        passed = rng.random(4) < 0.8
+        history.note("good", 4, int(passed.argmin()) if not passed.all() else 4)
+        history.note("bad", 4, 0)
+    good, bad = history.survival(["good", "bad"])
+    assert np.all(np.diff(good) <= 0)
+    assert good == pytest.approx(0.8 ** np.arange(1, 5), abs=0.25)
+    assert bad[0] < 0.05
+    new = history.survival(["new"])[0]
+    assert bad[0] < new[0] < good[0]  # what is not known yet is taken from all requests
+
+
+def test_history_with_short_drafts_says_nothing_of_later_positions():
+    history = AcceptanceHistory(4)
+    for _ in range(50):
+        history.note("a", 2, 2)
+        history.note("a", 0, 0)
+    rates = history._rates["a"]
+    assert rates[1] > 0.9
+    assert rates[2] == rates[3] == 0.5

@@ -1,0 +1,68 @@
+"""The records of `vllm-ext moe` and `vllm-ext bench routers` as Markdown tables; part of `results.KINDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.markdown import table
+
+Record = dict[str, Any]
+
+
+def routers_table(record: Record) -> str:
+    """One line for each number of experts and tokens, microseconds."""
+    rows = record["results"]
+    names = list(rows[0]["seconds"])
+    cells = [
+        [f"{r['top_k']} of {r['experts']}", str(r["tokens"]), *(f"{r['seconds'][n] * 1e6:.1f}" for n in names)]
+        for r in rows
+    ]
+    return table(["experts", "tokens", *(n.replace("_", " ") for n in names)], cells)
+
+
+def compare_table(record: Record) -> str:
+    """One line for each model: its size, perplexity and divergence from the first."""
+    rows = []
+    for result in record["results"]:
+        ppl, kl = result["ppl"][0], (result.get("kl") or [{}])[0]
+        more = f"{ppl['nll_more']:+.4f} ({ppl['nll_more_low']:+.4f}–{ppl['nll_more_high']:+.4f})" if kl else "–"
+        mean = f"{kl['mean']:.4f} ({kl['low']:.4f}–{kl['high']:.4f})" if kl else "–"
+        size = [str(result["num_experts"]), f"{result['parameters'] / 1e6:.0f} M"]
+        rows.append([f"`{result['label']}`", *size, f"{ppl['ppl']:.3f}", more, mean])
+    return table(
+        ("model", "experts", "parameters", "perplexity", "NLL over the first, nats", "mean KL to it, nats"), rows
+    )
+
+
+def report_table(record: Record) -> str:
+    """Local routing consistency of the model, and the layers' range."""
+    found = record["results"]
+    rows = [[m, f"{r['f1']:.1%}", f"{r['scale']:.2f}"] for m, r in found["srp"].items()]
+    loads = [layer["imbalance"] for layer in found["layers"]]
+    text = f"{found['tokens']} tokens of {found['requests']} requests; the most used expert of a layer has "
+    text += f"{min(loads):.2f} to {max(loads):.2f} times the mean load."
+    return f"{table(('window m', 'SRP', 'switched on / needed'), rows)}\n\n{text}"
+
+
+def upcycle_table(record: Record) -> str:
+    """Settings and losses of a training run."""
+    r = record["results"]
+    s = r["settings"]
+    row = [f"{s['top_k']} of {s['experts']}", str(s["steps"]), str(s["batch"] * s["window"]), f"{r['seconds']:.0f}"]
+    row += [f"{r['held_out_loss_before']:.4f}", f"{r['held_out_loss']:.4f}"]
+    return table(("experts", "steps", "tokens a step", "seconds", "held-out loss before", "after"), [row])
+
+
+def _compare_title(record: Record) -> str:
+    return f"Merged models beside {Path(record['settings']['model']).name} (95 % intervals)"
+
+
+KINDS: dict[str, tuple[Callable[[Record], str], Callable[[Record], str]]] = {
+    "bench routers": (lambda record: "Routers, microseconds a call (bfloat16 logits)", routers_table),
+    "moe upcycle": (lambda record: "Continued training of an upcycled model", upcycle_table),
+    "moe report": (lambda record: f"Routing of {record['results']['model']}", report_table),
+    "moe compare": (_compare_title, compare_table),
+}
+"""Command of a record -> (title, table)."""
