@@ -42,7 +42,7 @@ demo: install  ## serve SmolLM2 with and without Quest and compare the answers
 	$(BIN)/vllm-ext demo $(ARGS)
 
 test: install  ## the whole test-suite (GPU tests are skipped without CUDA)
-	$(BIN)/python -P -m pytest $(ARGS)
+	@bash tests/run.sh $(BIN)/python $(ARGS)
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -163,8 +163,8 @@ def rows_of(meta: SparseCPUMetadata, rows: list[int], prompt: bool) -> DecodeBat
             lens[r] = meta.lens[r]
             slots[meta.starts[r] : meta.starts[r + 1]] = meta.slot_mapping[meta.starts[r] : meta.starts[r + 1]]
     flags = torch.full_like(lens, int(prompt))
-    tokens = meta.num_actual_tokens
-    return DecodeBatch(meta.block_table, lens, meta.query_start_loc, slots, flags, tokens, MAX_QUERY_TOKENS)
+    longest = meta.max_query_len if prompt else MAX_QUERY_TOKENS
+    return DecodeBatch(meta.block_table, lens, meta.query_start_loc, slots, flags, meta.num_actual_tokens, longest)
 
 
 # The CPU kernels store K in an order of their own inside a page. It is found by asking them, not by assuming it.

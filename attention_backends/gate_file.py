@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def read(path: str | Path) -> GateFile:
     return GateFile(path, names, sizes, notes)
 
 
-def write(path: Path, layers: list[Mapping[str, Any]], model: ModelShape, page_size: int, **notes: Any) -> None:
+def write(path: Path, layers: Sequence[Mapping[str, Any]], model: ModelShape, page_size: int, **notes: Any) -> None:
     """Write gates; `layers`: of each layer the torch tensors q, k, q_norm, k_norm in the shapes of `shapes`."""
     from safetensors.torch import save_file
 

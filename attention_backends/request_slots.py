@@ -97,4 +97,5 @@ def _rows(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
     starts = batch.query_start_loc.long()
     tokens = starts[1:] - starts[:-1]
     first = batch.slot_mapping[starts[:-1].clamp(max=max(batch.slot_mapping.numel() - 1, 0))]
-    return batch.seq_lens.long() - tokens, (batch.seq_lens > 0) & (tokens > 0) & (first >= 0)
+    real = (batch.seq_lens > 0) & (tokens > 0) & (first >= 0)
+    return torch.where(real, batch.seq_lens.long() - tokens, 0), real

@@ -53,7 +53,7 @@ class Resa(HostedMethod):
         rows = (1 + drafts) * heads // model.get_num_kv_heads(vllm_config.parallel_config)
         if not current_platform.is_cpu() and model.get_head_size() > 128 and rows > 64:
             raise ConfigError(
-                f"--plugins resa takes up to 64 query rows a KV head with heads of {model.get_head_size()}, not {rows}; "
+                f"--plugins resa takes up to 64 query rows a KV head for heads of {model.get_head_size()}, not {rows}; "
                 "lower num_speculative_tokens."
             )
 

@@ -10,6 +10,11 @@ from typing import Any
 from vllm_ext.options import ConfigError
 
 KINDS = ("default", "linear", "llama3")
+"""Rotations by fixed frequencies, which `inverse_frequencies` works out."""
+MODELS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "granite", "olmo2", "gemma",
+)  # fmt: skip
+"""Model types known to turn channel c with channel c + half in every layer; others pair neighbours or skip layers."""
 _NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -45,11 +50,7 @@ class ModelShape:
 
 
 def model_shape(hf: Any) -> ModelShape:
-    """The shape from a Hugging Face (text) configuration.
-
-    Raises:
-        ConfigError: the model's positions are no rotation of a supported kind.
-    """
+    """The shape from a Hugging Face (text) configuration."""
     heads = hf.num_attention_heads
     size = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     kv_heads = getattr(hf, "num_key_value_heads", None) or heads
@@ -57,22 +58,32 @@ def model_shape(hf: Any) -> ModelShape:
 
 
 def rope_parameters(hf: Any) -> dict[str, Any]:
-    """Kind, theta, share and scaling numbers of the model's rotary embedding.
-
-    Raises:
-        ConfigError: none, or one that is not a plain rotation of halves with fixed frequencies.
-    """
+    """Kind, theta (0: unknown), share and scaling numbers of the model's rotary embedding."""
     raw = dict(getattr(hf, "rope_parameters", None) or {})
     raw |= {k: v for k, v in (getattr(hf, "rope_scaling", None) or {}).items() if k not in raw}
     theta = raw.get("rope_theta", getattr(hf, "rope_theta", None))
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if theta is None or kind not in KINDS or raw.get("mrope_section"):
-        raise ConfigError(
-            f"the rotary embedding of this model ('{kind}') is not supported; seer needs one of {', '.join(KINDS)}."
-        )
+    kind = "mrope" if raw.get("mrope_section") else kind
     share = raw.get("partial_rotary_factor", getattr(hf, "partial_rotary_factor", None)) or 1.0
-    found = {"kind": kind, "theta": float(theta), "share": float(share)}
+    found = {"kind": kind, "theta": float(theta or 0), "share": float(share)}
     return found | ({k: float(raw[k]) for k in _NUMBERS if k in raw} if kind != "default" else {})
+
+
+def check_rotation(hf: Any, quantization: str | None = None) -> None:
+    """Raise ConfigError unless the model's rotation can be undone from its configuration alone.
+
+    Args:
+        quantization: vLLM's; weights from GGUF pair neighbouring channels.
+    """
+    rope = rope_parameters(hf)
+    if rope["kind"] not in KINDS or not rope["theta"]:
+        raise ConfigError(
+            f"seer cannot undo the rotary embedding of this model ('{rope['kind']}'), only {', '.join(KINDS)}; choose "
+            "another plugin."
+        )
+    if hf.model_type not in MODELS or quantization == "gguf":
+        what = "GGUF weights" if quantization == "gguf" else f"model type '{hf.model_type}'"
+        raise ConfigError(f"seer does not support {what}, only {', '.join(MODELS)}; choose another plugin.")
 
 
 def inverse_frequencies(rope: Mapping[str, Any], size: int) -> list[float]:

@@ -10,7 +10,7 @@ from vllm_ext.attention_backends import gate_file
 from vllm_ext.attention_backends.artefacts import shipped
 from vllm_ext.attention_backends.gate_file import GateFile
 from vllm_ext.attention_backends.method import SparseMethod
-from vllm_ext.attention_backends.rope import ModelShape, model_shape
+from vllm_ext.attention_backends.rope import ModelShape, check_rotation, model_shape
 from vllm_ext.options import ConfigError, option
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Seer(SparseMethod):
         from vllm_ext.attention_backends.limits import windowed_layers
 
         super().check(vllm_config)
+        check_rotation(vllm_config.model_config.hf_text_config, vllm_config.model_config.quantization)
         model = model_shape(vllm_config.model_config.hf_text_config)
         windowed = windowed_layers(vllm_config)
         layers = [i for i, w in enumerate(windowed) if not w and i not in self.dense_layers]

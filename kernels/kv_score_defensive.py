@@ -1,6 +1,6 @@
 """DefensiveKV: the worst case over the window with a floor, weighted by values, after a first choice by mean attention.
 
-Formulas of Feng et al. (ICLR 2026), sections 3 and 4; value weights and the two stages are CriticalKV's. Shapes: L
+Formulas of DefensiveKV (Feng et al., ICLR 2026); value weights and the two stages are CriticalKV's. Shapes: L
 layers, H KV heads, Hq = H * G query heads, n tokens, D head size, E hidden size.
 """
 

@@ -1,4 +1,4 @@
-"""ProtoKV: clusters of keys around prototypes that need no iteration, kept or evicted whole (ICLR 2026, section 4).
+"""ProtoKV: clusters of keys around prototypes that need no iteration, kept or evicted whole (ICLR 2026).
 
 Tokens that differ from their neighbours (semantic-anchored) get prototypes by random hashing, the others
 (position-determined) by even chunks; every token joins its nearest prototype. Shapes: H KV heads, n tokens, D head

@@ -1,4 +1,4 @@
-"""ReST-KV: how far the layer's output moves if a token is removed (An et al., ICLR 2026, section 3).
+"""ReST-KV: how far the layer's output moves if a token is removed (An et al., ICLR 2026).
 
 Without token j the softmax is shared out anew: `o' - o = a_j / (1 - a_j) (o - v_j)`. Shapes: L layers, H KV heads,
 Hq = H * G query heads, w window queries, n tokens, D head size.

@@ -1,7 +1,6 @@
 """ThinKV: thoughts by the sparsity of attention, segments that shrink by a schedule, medoids that stay (ICLR 2026).
 
-Sections 3 (thought types) and 4 (eviction schedule) of Ramachandran et al.; the choice of medoids is this package's
-reading.
+That the tokens nearest to the k-means centres stay is this package's reading; the paper speaks of the centres.
 """
 
 from __future__ import annotations

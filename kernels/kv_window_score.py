@@ -1,8 +1,8 @@
 """Attention of a window of queries to all resident tokens, reduced per token and never materialised.
 
 Specification: `kv_reference.window_attention` with `weighted_rows` (heads) or `worst_case` (worst). Two passes over K:
-the first finds each row's log-sum-exp, the second turns logits into probabilities and reduces them in registers. Pooling
-along the tokens reads shifted tiles of K, so no program needs another's columns.
+the first finds each row's log-sum-exp, the second turns logits into probabilities and reduces them in registers.
+Pooling along the tokens reads shifted tiles of K, so no program needs another's columns.
 """
 
 from __future__ import annotations

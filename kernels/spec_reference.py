@@ -206,7 +206,7 @@ def dense(rule: Rule, batch: VerifyBatch, dtype: torch.dtype = torch.float32) ->
 
     A draft of -1 ends its request's chain, and p follows; unless it was sampled, then it is one that p cannot produce.
     """
-    k, rows = batch.max_drafts, batch.logits.shape[0]
+    k, rows = max(batch.max_drafts, 1), batch.logits.shape[0]
     start, own = batch.cu_rows[:-1].long(), (batch.cu_rows[1:] - batch.cu_rows[:-1] - 1).long()
     t = torch.arange(k + 1, device=start.device)
     at = (start[:, None] + t).clamp(max=rows - 1)
@@ -255,11 +255,12 @@ def verify(rule: Rule, batch: VerifyBatch) -> tuple[Tensor, Tensor]:
     """Tokens [B, K+1] int64 (-1 beyond) and their number [B] int32; random numbers from (seed, first position)."""
     laws = dense(rule, batch)
     requests, vocab = laws.p.shape[0], laws.p.shape[2]
-    u, noise = torch.empty(requests, batch.max_drafts), torch.empty(requests, vocab)
+    u, noise = torch.empty(laws.x.shape), torch.empty(requests, vocab)
     keys = zip(batch.seeds.tolist(), batch.positions[batch.cu_rows[:-1].long()].tolist())
     for b, (seed, position) in enumerate(keys):
         digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=4).digest()  # all that mt19937 takes
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         u[b].uniform_(generator=generator)
         noise[b].exponential_(generator=generator)
-    return emit(rule, laws, u.to(laws.p.device), noise.to(laws.p.device))
+    tokens, count = emit(rule, laws, u.to(laws.p.device), noise.to(laws.p.device))
+    return tokens[:, : batch.max_drafts + 1], count

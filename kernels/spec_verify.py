@@ -320,7 +320,7 @@ class _Step:
         self.facts = new(self.rows, 3, dtype=torch.float32)
         self.stop = new(self.requests, 4, dtype=torch.int64)
         self.weights = new(self.requests, 3, dtype=torch.float32)
-        tile = triton.next_power_of_2(batch.max_drafts + 1), max(2, triton.next_power_of_2(self.blocks))
+        tile = max(2, triton.next_power_of_2(batch.max_drafts + 1)), max(2, triton.next_power_of_2(self.blocks))
         self.tile: dict[str, Any] = {"KP": tile[0], "NBP": tile[1]}
         self.warps = 4 if tile[0] * tile[1] <= 1024 else 8 if tile[0] * tile[1] <= 2048 else 16
 

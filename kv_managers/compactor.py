@@ -208,7 +208,7 @@ class Compactor:
         if self.method.needs_queries:
             w = min(self.method.window, end)
             order = torch.arange(end - w, end, device=blocks.device) % self.method.window
-            queries = torch.stack([x.ring[request.ring][order] for x in some if x.ring is not None])
+            queries = torch.stack([x.ring[request.ring] for x in some if x.ring is not None])[:, order]
         side = None
         if self.method.side_values:
             side = torch.stack([reference.resident(x.side, blocks, first, end) for x in some if x.side is not None])
@@ -216,6 +216,7 @@ class Compactor:
             layers=tuple(x.number for x in some), n=n, chosen=chosen, seen=end, prompt=row.prompt, budget=kept,
             scale=self.scale, heads=some[0].keys.shape[1], device=blocks.device, gather=gather, query_window=queries,
             held_positions=None if positions is None else positions[part.start : part.stop], held_side=side,
-            weights=(lambda i: some[i].weight()) if self.method.needs_output_weight else None, grams=self.grams, state=request.state,
+            weights=(lambda i: some[i].weight()) if self.method.needs_output_weight else None,  # type: ignore[misc]
+            grams=self.grams, state=request.state,
             fused=None if self.fused is None else self.fused.over(some, blocks, first),
         )  # fmt: skip

@@ -122,9 +122,10 @@ class KVMethod:
 
     def attach(self, worker: Any) -> None:
         """Called once in every worker, before its model is built: the model runner knows the requests."""
-        from vllm_ext.kv_managers import rows
+        from vllm_ext.kv_managers import rows, warm_up
 
         rows.bind(worker)
+        warm_up.attach(worker)
 
     def check(self, vllm_config: Any) -> None:
         """Refuse a model or configuration that the method cannot serve.

@@ -73,6 +73,7 @@ class EvictionManager(FullAttentionManager):
         self.max_admission_blocks_per_request = kv_cache_spec.most_blocks
         self.blocks_freed = 0
         self._processed: dict[str, tuple[int, int]] = {}
+        self._requests: dict[str, Any] = {}
 
     @classmethod
     def find_longest_cache_hit(
@@ -89,8 +90,7 @@ class EvictionManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, retention_interval: int | None = None, **kwargs: Any) -> None:
         """Publish full-precision blocks that no eviction will write to."""
-        # After a preemption the length of the prompt cannot be told from the lookup any more: recompute all of it.
-        request.skip_reading_prefix_cache = True
+        self._requests[request.request_id] = request
         limit = self.counts.publishable(request.num_prompt_tokens)
         if limit is not None:
             num_tokens = min(num_tokens, limit)
@@ -117,8 +117,11 @@ class EvictionManager(FullAttentionManager):
             self.blocks_freed += self.block_pool.get_num_free_blocks() - free
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
-        """Forget the request."""
+        """Forget the request. A preempted one takes no hits again: its lookup would not tell how long the prompt is."""
         self._processed.pop(request_id, None)
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            request.skip_reading_prefix_cache = True
         return super().pop_blocks_for_free(request_id)
 
 

@@ -131,7 +131,7 @@ class Steps:
         batch = rows.read(common, runner)
         starts, records = [0] * common.num_reqs, []
         if any(batch) and not self.compactor.layers:
-            self.compactor.layers = self._layers(runner)
+            self.compactor.layers = self.layers(runner)
         queries = self.counts.method.needs_queries
         first_token = common.query_start_loc_cpu.tolist() if queries else []
         for r, row in enumerate(batch):
@@ -155,7 +155,8 @@ class Steps:
             "kv_blocks_freed": t.blocks_freed, "kv_compaction_seconds": t.seconds,
         }  # fmt: skip
 
-    def _layers(self, runner: Any) -> list[Layer]:
+    def layers(self, runner: Any) -> list[Layer]:
+        """The layers of the group; their caches must be bound."""
         from vllm.model_executor.models.utils import extract_layer_index
 
         method = self.counts.method

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_ext.kv_managers import think_plan
 from vllm_ext.kv_managers.method import KVMethod, Trigger
 from vllm_ext.options import ConfigError, option
 
@@ -49,12 +48,15 @@ class ThinkKV(KVMethod):
             raise ConfigError(f"think_kv.low ({self.low}) must not exceed think_kv.high ({self.high}); lower it.")
 
     def score(self, view: KVView) -> Tensor:
+        from vllm_ext.kv_managers import think_plan
+
         types = self._types(view)
         return think_plan.scores(view, types, self.stride, self.schedule, self.sinks)
 
     def _types(self, view: KVView) -> dict[int, int]:
         """Segment -> type, for those typed at earlier evictions; notes the sparsity of the segment that ended now."""
         from vllm_ext.kernels import kv_score_think as formula
+        from vllm_ext.kv_managers import think_plan
 
         noted = view.state.setdefault("sparsity", {})
         now = (view.seen - 1) // self.stride

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_ext.kernels import kv_reference as reference
 from vllm_ext.kernels import kv_score_think as formula
 
 if TYPE_CHECKING:
@@ -19,9 +21,7 @@ def sparsity(view: KVView, wanted: Sequence[int]) -> list[Tensor]:
     """Sparsity of the window's attention in the layers `view.layers[i]`, i in `wanted`; device scalars."""
     queries = view.queries[list(wanted)]
     w = queries.shape[1]
-    from vllm_ext.kernels.kv_reference import window_attention
-
-    attention = window_attention(queries, view.keys[list(wanted)], view.scale)
+    attention = reference.window_attention(queries, view.keys[list(wanted)], view.scale)
     visible = torch.arange(view.n - w + 1, view.n + 1, device=attention.device)
     return list(formula.sparsity(attention, visible))
 
@@ -31,11 +31,14 @@ def scores(view: KVView, types: Mapping[int, int], stride: int, schedule: Sequen
 
     Every layer and head holds equally many tokens of a segment, so the plan is one for all.
     """
-    at = view.positions[0, 0, : view.chosen].tolist()
-    segments = sorted({p // stride for p in at})
-    held = [sum(p // stride == s for p in at) for s in segments]
+    found = torch.unique_consecutive(view.positions[0, 0, : view.chosen] // stride, return_counts=True)
+    segments, held = (x.tolist() for x in found)
     recent = view.n - view.queries.shape[1]
-    least = [sum(p // stride == s and (i < sinks or i >= recent) for i, p in enumerate(at)) for s in segments]
+    ends = list(itertools.accumulate(held))
+    least = [
+        max(0, min(end, sinks) - (end - size)) + max(0, end - max(end - size, recent, sinks))
+        for end, size in zip(ends, held)
+    ]
     known = [types.get(s, formula.REASONING) for s in segments]
     # The newest segment has no type yet and keeps all while it can.
     older = formula.shrink(held[:-1], known[:-1], view.budget - held[-1], schedule)
@@ -47,7 +50,7 @@ def scores(view: KVView, types: Mapping[int, int], stride: int, schedule: Sequen
 
 def _chosen(view: KVView, held: Sequence[int], kept: Sequence[int], forced: Tensor) -> Tensor:
     out = torch.zeros(len(view.layers), view.heads, view.n, device=view.device)
-    starts = [sum(held[:i]) for i in range(len(held))]
+    starts = [end - size for end, size in zip(itertools.accumulate(held), held)]
     for size, count in {(h, k) for h, k in zip(held, kept) if k}:
         first = [s for s, h, k in zip(starts, held, kept) if (h, k) == (size, count)]
         index = torch.tensor(first, device=view.device)[:, None] + torch.arange(size, device=view.device)

@@ -1,1 +1,1 @@
-"""Speculative decoding: drafters, verifiers, length policies (none yet)."""
+"""Speculative decoding: drafters, verification rules, length policies; see docs/speculation.md."""

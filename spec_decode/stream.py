@@ -143,6 +143,13 @@ class StreamStep:
         self._blocks = [_Block(drafter, tokens, most, self._pin) for _ in range(DEPTH)]
         self._next = 0
         self._library = _driver() if self._pin else None
+        drafter.settle = self._wait
+
+    def _wait(self) -> None:
+        """Until the last step that was enqueued is done."""
+        last = self._blocks[self._next - 1]
+        if last.done is not None:
+            last.done.synchronize()
 
     def run(
         self,

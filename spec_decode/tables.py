@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,8 @@ class LookupDrafter:
         self._retired: list[int] = []
         self._tenants: dict[str, int] = {}
         self._step = 0
+        self.settle: Callable[[], None] = lambda: None
+        """Waits until no step is running; nothing to do where steps are synchronous."""
 
     @property
     def slots(self) -> int:
@@ -111,8 +113,10 @@ class LookupDrafter:
         """
         self.remove(request, finished=False)
         slot, since = self._free.popleft()
-        if self._step - since <= IN_FLIGHT:
-            raise RuntimeError("no automaton is free; more requests run than max_num_seqs allows")
+        if self._step - since <= IN_FLIGHT:  # most of the batch has changed at once
+            self.settle()
+        if slot in self._retired:  # it is needed before its output could be recorded
+            self._retired.remove(slot)
         self._slots[request] = slot
         number = self._tenants.setdefault("" if tenant is None else "=" + tenant, len(self._tenants))
         lookup.ingest(self.local, slot, np.asarray(tokens, np.int32), prompt, number)

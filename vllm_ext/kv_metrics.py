@@ -1,4 +1,4 @@
-"""Counters of evictions as `vllm_ext:kv_*` at the server's `/metrics`; pool usage is vLLM's own `vllm:kv_cache_usage_perc`.
+"""Counters of evictions, `vllm_ext:kv_*` at the server's `/metrics`. Pool usage: vLLM's `vllm:kv_cache_usage_perc`.
 
 Rank 0 of the workers writes its totals to a small JSON file that the server's process reads when it is scraped; with
 several API servers, to prometheus_client's own files. The same way as `metrics`.

@@ -48,14 +48,24 @@ def attention(
 ) -> tuple[torch.Tensor, int]:
     """Sparse attention of m tokens by definition: q [m, Hq, D], keys and values [n, H, D]; and keys read by a head."""
     (m, hq, _), (n, heads, _) = q.shape, keys.shape
-    g, count = hq // heads, -(-n // PAGE)
+    g = hq // heads
     hidden = torch.arange(n)[None] > torch.arange(n - m, n)[:, None]
     out, read = torch.zeros_like(q), 0
     for h in range(heads):
         mine = q[:, h * g : (h + 1) * g]
         logits = torch.einsum("tid,nd->tin", mine, keys[:, h]) * scale
         logits = logits.masked_fill(hidden[:, None], -math.inf)
-        chosen = choose(method, [page_score(method, mine, keys[:, h], logits, p, scale) for p in range(count)], n, m)
+        alone = method.plugin_name() == "retro"  # each token chooses for itself, all read what any chose
+        chosen = sorted({
+            p
+            for rows, end in ([(slice(t, t + 1), n - m + 1 + t) for t in range(m)] if alone else [(slice(0, m), n)])
+            for p in choose(
+                method,
+                [page_score(method, mine[rows], keys[:, h], logits[rows], p, scale) for p in range(-(-end // PAGE))],
+                end,
+                rows.stop - rows.start,
+            )
+        })  # fmt: skip
         seen = [i for p in chosen for i in range(p * PAGE, min(n, (p + 1) * PAGE))]
         out[:, h * g : (h + 1) * g] = logits[..., seen].softmax(-1) @ values[seen, h]
         read = max(read, len(seen))

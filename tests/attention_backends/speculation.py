@@ -23,11 +23,11 @@ def repetitive_prompts() -> list[list[int]]:
     return [(tokens(rnd, 9) * 99)[:n] for n in (31, 32, 64, 95, 320, 500)]
 
 
-def run(model: str, quest: dict[str, Any]) -> dict[str, Any]:
-    """Two rounds under Quest with speculation; what was drafted, accepted and compared."""
+def run(model: str, options: dict[str, Any], name: str = "quest") -> dict[str, Any]:
+    """Two rounds under a method with speculation; what was drafted, accepted and compared."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        start(model, {"quest": quest}, speculative_config=NGRAM, disable_log_stats=False) as llm,
+        start(model, {name: options}, speculative_config=NGRAM, disable_log_stats=False) as llm,
     ):
         checker = Checker(patch)
         first, again = (generate(llm, repetitive_prompts(), OUTPUT) for _ in range(2))

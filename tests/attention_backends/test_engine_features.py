@@ -120,9 +120,10 @@ def test_sparse_steps_follow_the_definition(tiny_model, stock, monkeypatch, name
     assert [t[0] for t in first] == [t[0] for t in stock["boundary"]]
 
 
-def test_speculation_with_room_for_all_pages_is_stock(tiny_model, stock) -> None:
+@pytest.mark.parametrize("name", ["quest", "retro"])
+def test_speculation_with_room_for_all_pages_is_stock(tiny_model, stock, name: str) -> None:
     """Up to five query tokens a step, drafts rejected and overwritten, on page ends too."""
-    run = fresh_process("speculation", "run", str(tiny_model), COVERING)
+    run = fresh_process("speculation", "run", str(tiny_model), COVERING, name)
     assert run["first"] == run["again"] == stock["repetitive"]
     assert run["wrong_records"] == []
     assert run["leaked"] == 0
@@ -131,9 +132,10 @@ def test_speculation_with_room_for_all_pages_is_stock(tiny_model, stock) -> None
     assert run["worst"] < 1e-4
 
 
-def test_speculation_with_sparse_lists(tiny_model) -> None:
-    """One list serves the tokens of a draft; each step reads what Quest defines for m queries."""
-    run = fresh_process("speculation", "run", str(tiny_model), SPARSE)
+@pytest.mark.parametrize("name", ["quest", "retro"])
+def test_speculation_with_sparse_lists(tiny_model, name: str) -> None:
+    """One list serves the tokens of a draft; each step reads what the method defines for m queries."""
+    run = fresh_process("speculation", "run", str(tiny_model), SPARSE, name)
     assert run["wrong_records"] == []
     assert run["leaked"] == 0
     assert run["several"] > 50

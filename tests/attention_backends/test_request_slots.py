@@ -139,6 +139,23 @@ def test_a_chunk_inherits_from_the_one_before() -> None:
     assert slots.decode(batch([(request, 1)])).tolist() == second.tolist()
 
 
+def test_requests_left_out_of_a_batch_have_no_slot() -> None:
+    """On CPUs a batch keeps the tokens of rows that another call serves: no keys, no slots in the cache."""
+    slots = RequestSlots(8, PAGE, "cpu")
+    slots.fit(POOL)
+    mine, other = Request(40, [1, 2, 3], 0), Request(70, [4, 5, 6, 7, 8], 0)
+    b = batch([(mine, 40), (other, 70)])
+    b.seq_lens[1] = 0
+    b.slot_mapping[40:] = -1
+    new, _ = slots.prompt(b)
+    assert new[1] == 8
+    mine.computed = 40
+    b = batch([(mine, 1), (other, 70)])
+    b.seq_lens[1] = 0
+    b.slot_mapping[1:] = -1
+    assert slots.decode(b).tolist() == [new[0].item(), 8]
+
+
 def test_warm_up_rows_have_no_slot() -> None:
     slots = RequestSlots(8, PAGE, "cpu")
     slots.fit(POOL)

@@ -52,7 +52,8 @@ def test_times_of_kernels_need_a_gpu(assert_refused: Refused) -> None:
 
 
 @pytest.mark.engine
-def test_a_table_of_a_tiny_model(model: Path, tmp_path: Path) -> None:
+def test_a_table_of_a_tiny_model_serves(model: Path, tmp_path: Path) -> None:
+    """Measured, then decided by: with `cast` and `hsd` greedy requests write what they write without drafts."""
     from vllm_ext.spec_decode.draft_length import read_table
 
     out = tmp_path / "t.json"
@@ -73,3 +74,17 @@ def test_a_table_of_a_tiny_model(model: Path, tmp_path: Path) -> None:
     drafted = np.asarray(result["drafted"])
     assert (drafted[..., 0] == 0).all()
     assert (drafted[..., 1] > 0).any()
+    plugins = {
+        "suffix_automaton": {"num_speculative_tokens": 2}, "hsd": {}, "cast": {"table": str(out), "lengths": [0, 2]}
+    }  # fmt: skip
+    job = {"runner": "v1", "model": str(model), "plugins": plugins, "output": 24}
+    script = Path(__file__).parents[1] / "spec_decode/rule_engines.py"
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), json.dumps(job)], capture_output=True, text=True, timeout=200, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("RESULT ")[1])
+    assert found["sampler"] == "vllm_ext.spec_decode.verify_v1"
+    for i in (0, 2, 4):
+        assert found["rule"]["tokens"][i] == found["stock"]["tokens"][i]

@@ -134,3 +134,16 @@ def test_command_rows_are_kv_plugins_with_the_asked_budget():
     assert [c.method.budget_for(2048) for c in found[:4]] == [1024, 224, 1024, 192]
     with pytest.raises(ConfigError, match="'quest' must be one plugin of kind kv"):
         candidates(["quest"], [0.5], 2048)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--length", "1000"], "--length must be a multiple of random_kv.block_size (32), got 1000"),
+        (["--plugins", "snapkv:scope=model"], "snapkv.scope model"),
+        (["--ratio", "0"], "--ratio must be above 0"),
+        (["--positions", "0"], "--positions"),
+    ],
+)
+def test_bad_arguments_of_the_command(assert_refused, arguments, word):
+    assert_refused(["kv-error", "nowhere", *arguments], word)

@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from learned import gates, roles
 from paged import Paged, make
-from test_engine import LENGTHS, differences, prompts, run
-from test_methods import COVERING, GRAPHS, SPARSE
+from test_gpu_engine import LENGTHS, differences, prompts, run
+from test_gpu_methods import COVERING, GRAPHS, SPARSE
 
 from vllm_ext.attention_backends.lychee import Lychee
 from vllm_ext.attention_backends.seer import Seer

@@ -64,7 +64,7 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
         sizes = {"H": 8, "G": g, "ROWS": 16, "D": 128, "DP": 128, "P": 64, "TILE": 64}
         found[f"window coarse G{g}"] = ("coarse", sizes, 3)
         found[f"window fine G{g}"] = ("fine", {**sizes, "NB": 2048, "WB": 32}, 3)
-    for d, page, g, parts in ((128, 64, 4, 8), (64, 16, 3, 31), (256, 128, 16, 1)):
+    for d, page, g, parts in ((128, 64, 4, 8), (80, 16, 3, 31)):
         shape = f"D{d} P{page} G{g}"
         sizes = sample(d, page, g, parts)
         found[f"pilot {shape}"] = ("pilot", {**sizes, "OUTPUT": g != 3}, 3)
@@ -75,13 +75,14 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
         mass = {k: sizes[k] for k in keys if k != "ROWS"} | {"NB": 2048, "SC_ROWS": g, "ELEMENT": 2}
         found[f"mass_select {shape}"] = ("mass_select", mass, 3)
         both = {k: v for k, v in decode(d, page, g, parts, 1).items() if k not in FLAGS}
-        mixed = {k: v for k, v in decode(d, page, g, 1, 1).items() if k not in ("SPLITS", "SB", *FLAGS)}
-        for scored in (False, True):
-            more = {"PB": 256, "NB": 2048, "CHUNK": max(1, 4096 // (mixed["MR"] * mixed["DP"])), "SCORED": scored}
-            found[f"mixed {shape} scored {scored}"] = ("mixed", mixed | more, stages_for(page, power(d), mixed["ROWS"]))
-        gate = {"G": g, "D": d, "E": power(d), "ROT": d, "P": page, "M": 1, "ROWS": 16, "BD": 64, "BP": min(32, page)}
-        found[f"gate {shape}"] = ("gate", gate, 3)
         found[f"residual {shape}"] = ("residual", both, min(3, stages_for(page, power(d), sizes["ROWS"])))
+    for d, page, g in ((128, 64, 4), (64, 16, 3), (256, 64, 16)):
+        sizes = {k: v for k, v in decode(d, page, g, 1, 1).items() if k not in ("SPLITS", "SB", *FLAGS)}
+        sizes |= {"PB": 256, "NB": 2048, "CHUNK": max(1, 4096 // (sizes["MR"] * sizes["DP"])), "SCORED": True}
+        found[f"mixed D{d} P{page} G{g}"] = ("mixed", sizes, stages_for(page, power(d), sizes["ROWS"]))
+    for d, page, g in ((128, 64, 4), (256, 128, 16)):
+        sizes = {"G": g, "D": d, "E": d, "ROT": d, "P": page, "M": 1, "ROWS": 16, "BD": 64, "BP": 32}
+        found[f"gate D{d} P{page} G{g}"] = ("gate", sizes, 3)
     found["threshold"] = ("threshold", {"H": 8, "P": 64, "NB": 2048, "CB": 64}, 3)
     return found
 
@@ -123,11 +124,14 @@ KERNELS = {
     "mass_select": mass_select._mass_select, "residual": residual_decode._residual_decode,
     "gate": gate._gate_step, "threshold": gate._threshold, "mixed": mixed_decode._mixed_decode,
 }
-FLOATS = ("scale", "radius", "rate", "factor", "cap", "mass", "exact", "sample", "log_weight", "gate", "eps", "threshold")
+FLOATS = (
+    "scale", "radius", "rate", "factor", "cap", "mass", "exact", "sample", "log_weight", "gate", "eps", "threshold"
+)
 POINTERS = {
     "Q": "bf16", "K": "bf16", "V": "bf16", "INDEX": "bf16", "OUT": "bf16", "SLOTS": "i64", "STATS": "i64",
     "SC": "fp32", "LOGW": "fp32", "LSE": "fp32", "PO": "fp32", "PL": "fp32", "PM": "fp32", "PP": "fp32", "PS": "fp32",
-    "WQ": "bf16", "WK": "bf16", "QN": "bf16", "KN": "bf16", "TABLE": "fp32", "GATE": "fp32", "MASS": "fp32", "STATE": "i64", "MU": "bf16", "LEVEL": "fp32", "SHARED": "fp32", "MEAN": "fp32",
+    "WQ": "bf16", "WK": "bf16", "QN": "bf16", "KN": "bf16", "TABLE": "fp32", "GATE": "fp32", "MASS": "fp32",
+    "STATE": "i64", "MU": "bf16", "LEVEL": "fp32", "SHARED": "fp32", "MEAN": "fp32",
 }
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 cases, aligned = json.loads(sys.stdin.read())
@@ -186,9 +190,7 @@ def test_cuobjdump_comes_with_triton() -> None:
 def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], case: str) -> None:
     used = compiled[case]
     # 8 tokens: 128 rows of 256 channels, correct and not fast; pages of 128 x 256: Triton 3.6 spills a few registers
-    assert used["STACK"] <= (
-        4096 if " m8" in case or case == "residual D256 P128 G16" else 64 if "D256 P128" in case else STACK
-    )
+    assert used["STACK"] <= (2048 if " m8" in case else 64 if "D256 P128" in case else STACK)
     assert used["LOCAL"] == 0
     assert used["REG"] <= 255
     assert used["shared"] <= SHARED

@@ -19,7 +19,7 @@ SHARED = 232448
 def cases() -> dict[str, tuple[str, dict[str, Any], int]]:
     """Name -> kernel, constants, warps."""
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
-    for g, w, d in ((4, 32, 128), (3, 32, 64), (7, 32, 128), (4, 8, 128)):
+    for g, w, d in ((4, 32, 128), (3, 32, 64), (7, 32, 128)):
         rows = max(16, 1 << (g * w - 1).bit_length())
         window = {"G": g, "W": w, "ROWS": rows, "P": 32, "D": d, "DP": d, "TN": 64 if rows <= 128 else 32}
         warps = 8 if rows >= 128 else 4

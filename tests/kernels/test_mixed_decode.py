@@ -10,6 +10,7 @@ from paged import DEVICE, Paged, make
 from vllm_ext.attention_backends.lychee import Lychee
 from vllm_ext.attention_backends.stages import DecodeBatch, StageDims
 from vllm_ext.kernels import reference, reference_lychee
+from vllm_ext.kernels.mixed_decode import MixedBuffers
 
 
 def batch_of(p: Paged, most: int) -> DecodeBatch:
@@ -45,6 +46,7 @@ def layers_of(
     queries: list[int],
     every: int,
     kernels: bool,
+    programs: int = 8,
     **options: int,
 ) -> tuple[list[torch.Tensor], list[int], list[torch.Tensor]]:
     """Outputs of four layers, counters, and dense attention, by kernels or the reference."""
@@ -54,6 +56,8 @@ def layers_of(
     stages = method.stages(dims)
     if kernels:
         stages.allocate()
+        most_pairs, lists = (len(lens) + 1, heads), method.capacity
+        stages.buffers = MixedBuffers.allocate(*most_pairs, dims.rows, d, 40, lists, stages.stats, programs)
     outs, dense = [], []
     for layer in range(4):
         p = make(lens, queries, heads, g, d, page, seed=layer)
@@ -96,6 +100,17 @@ def test_all_retrieval_or_a_covering_budget_is_dense(every: int, kernels: bool) 
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
     assert stats[0] == stats[1]
     assert stats[5] == 0
+
+
+@pytest.mark.parametrize("programs", [1, 5, 40])
+def test_the_number_of_programs_does_not_matter(programs: int) -> None:
+    """Pieces begin and end inside pairs, cover several pairs, or there are more programs than pages for some."""
+    args = 2, 2, 64, 16, [230, 35, 100], [1, 2, 1], 3
+    got, stats, _ = layers_of(*args, True, programs, budget=64, dense_below=50)
+    want, expected, _ = layers_of(*args, False, budget=64, dense_below=50)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+    assert stats == expected
 
 
 def test_short_requests_are_exact() -> None:

@@ -30,8 +30,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def expected(rule: Rule, batch: VerifyBatch) -> tuple[Tensor, Tensor]:
     """The reference with the numbers that the kernels draw."""
     first = batch.positions[batch.cu_rows[:-1].long()]
-    numbers = spec_random.draws(batch.seeds, first, batch.max_drafts, batch.logits.shape[1])
-    return ref.emit(rule, ref.dense(rule, batch), *numbers)
+    numbers = spec_random.draws(batch.seeds, first, max(batch.max_drafts, 1), batch.logits.shape[1])
+    tokens, count = ref.emit(rule, ref.dense(rule, batch), *numbers)
+    return tokens[:, : batch.max_drafts + 1], count
 
 
 def check(rule: Rule, batch: VerifyBatch) -> Tensor:
@@ -52,6 +53,18 @@ def altered(batch: VerifyBatch, **fields: Any) -> VerifyBatch:
 def test_kernels_equal_the_reference(name: str, sampled: bool) -> None:
     batch = step(LENGTHS, 37, sampled=sampled, temperature=MIXED, device=DEVICE, near=0.9)
     assert int(check(RULES[name], batch).max()) > 1
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_without_drafts(name: str) -> None:
+    """K = 0: every request gets one token of the target's law, on the device and on the host."""
+    batch = step([0, 0, 0], 37, temperature=[1.0, 0.0, 0.7], device=DEVICE)
+    batch = altered(batch, max_drafts=0)
+    assert check(RULES[name], batch).tolist() == [1, 1, 1]
+    tokens, count = ref.verify(RULES[name], batch)
+    assert tokens.shape == (3, 1)
+    assert count.tolist() == [1, 1, 1]
+    assert int(tokens[1, 0]) == int(batch.logits[1].argmax())
 
 
 @pytest.mark.parametrize("name", ["hsd", "cactus", "fly", "fly top3"])

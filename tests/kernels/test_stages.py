@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tactic": {"mass": 0.5},
     "resa": {"min_queries": 20, "gate": None},
     "infllm_v2": {"page_size": 64},
+    "retro": {},
     "seer": {"gates": gates(LAYER + 1, HEADS, GROUP, SIZE, SIZE, 16)},
     "lychee": {"roles": roles(LAYER + 1, HEADS, GROUP, SIZE)},
 }
@@ -70,7 +71,7 @@ def batch(p: Paged, lens: list[int], queries: list[int], prompt: bool = False) -
     flags = torch.full((len(lens),), int(prompt), **ints)
     return DecodeBatch(
         p.block_table, torch.tensor(seq, **ints), torch.tensor(starts, **ints),
-        torch.tensor(slots, dtype=torch.int64, device=DEVICE), flags, starts[-1], 3,
+        torch.tensor(slots, dtype=torch.int64, device=DEVICE), flags, starts[-1], max(queries) if prompt else 3,
     )  # fmt: skip
 
 

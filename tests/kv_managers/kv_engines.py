@@ -48,8 +48,8 @@ class Checker:
             return found
 
         def seen_forward(impl: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, meta: Any, output: Any,
-                         *rest: Any) -> Any:  # fmt: skip
-            done = forward(impl, layer, query, key, value, cache, meta, output, *rest)
+                         *rest: Any, **more: Any) -> Any:  # fmt: skip
+            done = forward(impl, layer, query, key, value, cache, meta, output, *rest, **more)
             if meta is not None:
                 for r, row in enumerate(self.rows):
                     if row is not None:

@@ -118,8 +118,10 @@ def serve(worker: Worker, prompts: list[int], output: int, chunk: int, seed: int
     return {n: r.positions for n, r in worker.compactor.requests.items() if r.positions is not None}
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+CASES = [(name, False) for name in METHODS] + [(name, True) for name in ("snapkv", "snapkv model", "r_kv")]
+
+
+@pytest.mark.parametrize(("name", "kernels"), CASES, ids=str)
 def test_attention_reads_exactly_what_was_kept(name: str, kernels: bool) -> None:
     from vllm_ext.kv_managers.device_ops import DeviceOps
 
@@ -183,3 +185,23 @@ def test_a_score_that_is_not_finite_stops_the_engine(monkeypatch: pytest.MonkeyP
     worker.step(request, 0, 200)
     with pytest.raises(RuntimeError, match="random_kv: a score is not finite"):
         worker.step(request, 200, 201)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_warm_up_leaves_nothing_behind(name: str) -> None:
+    from types import SimpleNamespace
+
+    from vllm_ext.kv_managers import warm_up
+
+    worker = Worker(METHODS[name])
+    steps: Any = SimpleNamespace(
+        counts=worker.compactor.counts, compactor=worker.compactor, layers=lambda runner: worker.compactor.layers
+    )
+    before = [layer.cache.clone() for layer in worker.compactor.layers]
+    assert len(warm_up.prompts(steps, 6000)) >= 1
+    warm_up.run(steps, None, 6000)
+    assert all(torch.equal(layer.cache, old) for layer, old in zip(worker.compactor.layers, before))
+    assert worker.compactor.totals.compactions == 0
+    assert worker.compactor.requests == {}
+    assert len(worker.compactor.free_rings) == 4
+    assert warm_up.prompts(steps, 40) == []

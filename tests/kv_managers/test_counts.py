@@ -173,3 +173,25 @@ def test_pool_is_exact_after_random_requests(pool_manager: Any) -> None:
     assert min(run.hits, run.aborts, run.inner.blocks_freed) > 0
     assert run.preemptions or run.inner.counts.method.trigger == "streaming"  # eight of those always fit
     assert not run.inner._processed
+    assert not run.inner._requests
+
+
+def test_the_spec_survives_a_pickle_and_a_merge() -> None:
+    """Workers send it to the scheduler's process; layers of one budget merge, others do not."""
+    import pickle
+
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_ext.kv_managers.spec import EvictionManager, EvictionSpec
+
+    stock = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    both = Counts(METHODS["budget"]), Counts(METHODS["budget"], 0.5)
+    one, other = (EvictionSpec.of(stock, counts=c, groups=both, in_flight=512, longest=2000) for c in both)
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert hash(pickle.loads(pickle.dumps(one))) == hash(one)
+    assert EvictionSpec.merge([one, one]) == one
+    assert one.is_uniform_with_collection({"a": one})
+    assert not one.is_uniform_with_collection({"a": one, "b": other})
+    assert KVCacheSpecRegistry.get_manager_class(one) is EvictionManager
+    assert KVCacheSpecRegistry.get_manager_class(stock) is not EvictionManager

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "attention_backends"))
 
 
-def requests(output: int) -> tuple[list[dict[str, Any]], list[Any]]:
+def requests(output: int, seeded: bool) -> tuple[list[dict[str, Any]], list[Any]]:
     """Prompts that repeat themselves, of mixed lengths; greedy, seeded and truncated sampling in one batch."""
     from vllm import SamplingParams
 
@@ -22,9 +22,9 @@ def requests(output: int) -> tuple[list[dict[str, Any]], list[Any]]:
     common = {"max_tokens": output, "ignore_eos": True, "detokenize": False}
     params = [
         SamplingParams(temperature=0.0, **common),
-        SamplingParams(temperature=1.0, seed=1, **common),
+        SamplingParams(temperature=1.0, seed=1 if seeded else None, **common),
         SamplingParams(temperature=0.0, repetition_penalty=1.2, **common),
-        SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=2, **common),
+        SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=2 if seeded else None, **common),
         SamplingParams(temperature=0.0, logprobs=2, **common),
         SamplingParams(temperature=1.3, min_tokens=3, **common),
     ]
@@ -40,7 +40,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "enforce_eager": True, "seed": 0,
         "dtype": "float32", "skip_tokenizer_init": True, "disable_log_stats": False,
     }  # fmt: skip
-    prompts, params = requests(job["output"])
+    # vLLM cannot take a seeded request through a chunked prefill under V1 on a CPU
+    prompts, params = requests(job["output"], seeded=job["runner"] == "v2")
     found: dict[str, Any] = {}
     for name, plugins in (("stock", {}), ("rule", job["plugins"])):
         extra = vllm_ext.engine_args(*plugins, **plugins) if plugins else {}

@@ -14,9 +14,7 @@ def serving(
     pool: Annotated[float, typer.Option(help="stock requests of the first load that the KV pool holds")] = 10,
     row: Annotated[
         list[str] | None,
-        typer.Option(
-            help="plugins ('snapkv:ratio=0.2') or stock arguments ('vllm:kv_cache_dtype=fp8'); repeatable"
-        ),
+        typer.Option(help="plugins ('snapkv:ratio=0.2') or stock arguments ('vllm:kv_cache_dtype=fp8'); repeatable"),
     ] = None,
     rate: Annotated[float | None, typer.Option(help="requests a second [default: all at once]")] = None,
     seqs: Annotated[int, typer.Option(help="max_num_seqs")] = 256,

@@ -43,6 +43,8 @@ def kv_error(
     if min(length, positions, texts) < 1:
         raise ConfigError("--length, --positions and --texts must be at least 1.")
     ratios = ratio or [0.5, 0.2, 0.1, 0.05]
+    if not all(0 < r <= 1 for r in ratios):
+        raise ConfigError(f"--ratio must be above 0 and at most 1, got {min(ratios)}.")
     rows = candidates([*CONTROLS, *(plugins or [])], ratios, length)
     attention_error.check_prompt([r.method for r in rows if r.method is not None], length)
     frozen = load(model, device, dtype)
@@ -75,8 +77,9 @@ def candidates(texts: list[str], ratios: list[float], length: int) -> list[Any]:
             raise ConfigError(f"--plugins '{text}' must be one plugin of kind kv.")
         for ratio in ratios:
             method = plugins[0]
-            block = method.block_size
-            given = {"budget": max(block, round(ratio * length / block) * block)} if method.budget else {"ratio": ratio}
+            block, least = method.block_size, method.sinks + method.window
+            blocks = max(-(-least // block), round(ratio * length / block))
+            given = {"budget": blocks * block} if method.budget else {"ratio": ratio}
             found.append(Candidate(text, dataclasses.replace(method, **given), ratio))
     return found + [Candidate(ORACLE, None, r) for r in ratios]
 

@@ -181,8 +181,8 @@ class _Sides:
 
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         for place, gates in self.gates.items():
-            weights = (w.to(x.device, torch.float32) for w in gates.layer(module.layer_idx))
-            self.values[place, module.layer_idx] = log_retention(x[0], *weights, gates.activation).T
+            w1, b1, w2, b = (w.to(x.device, torch.float32) for w in gates.layer(module.layer_idx))
+            self.values[place, module.layer_idx] = log_retention(x[0], w1, b1, w2, b, gates.activation).T
 
     def __enter__(self) -> None:
         if self.gates:

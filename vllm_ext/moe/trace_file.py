@@ -48,14 +48,18 @@ class Trace:
         return [self.experts[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:])]
 
     def save(self, path: Path) -> None:
-        """Write the file, replacing an older one in one step."""
+        """Write the file, replacing an older one in one step; OSError if it cannot be written."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         facts = {"format": FORMAT, "model": self.model, "num_experts": str(self.num_experts), "top_k": str(self.top_k)}
         facts["layers"] = json.dumps(list(self.layers))
         arrays = {"experts": self.experts, "offsets": self.offsets, "first": self.first, "prompt": self.prompt}
         part = path.with_name(path.name + ".part")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata=facts)
+        try:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata=facts)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         os.replace(part, path)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_ext.attention_backends import gate_file
-from vllm_ext.attention_backends.rope import inverse_frequencies
+from vllm_ext.attention_backends.rope import check_rotation, inverse_frequencies
 from vllm_ext.evaluation import corpus
 from vllm_ext.kernels import reference_gate as gate
 from vllm_ext.options import ConfigError
@@ -213,6 +213,7 @@ def train(
         ConfigError: settings, text or checkpoint do not fit.
     """
     settings.check()
+    check_rotation(model.body.config)
     tokens = text.encode(model.tokenizer, texts)
     gates = Gates(model, settings)
     held_out = corpus.windows(model.tokenizer, windows, settings.window) if windows else []
@@ -227,10 +228,11 @@ def train(
         label="train seer",
     )
     run.fit(stop_after)
-    results = {"settings": run.settings, "seconds": run.seconds, "history": run.history, "held_out": {"before": before}}
+    judged = {"before": before}
+    results = {"settings": run.settings, "seconds": run.seconds, "history": run.history, "held_out": judged}
     if stop_after is not None and stop_after < settings.steps:
         return results
-    results["held_out"]["after"] = evaluate(gates, held_out) if held_out else {}
+    judged["after"] = evaluate(gates, held_out) if held_out else {}
     layers = [{k: v.detach().to("cpu", torch.bfloat16) for k, v in layer.items()} for layer in gates.layers]
     gate_file.write(out, layers, model.shape, settings.page_size, trained_on=model.name, steps=settings.steps)
     checkpoint.unlink(missing_ok=True)

@@ -149,10 +149,11 @@ def train(
         {**asdict(settings), "model": model.shape.to_json(), "tokens": tokens.numel()}, checkpoint, label="train trim",
     )  # fmt: skip
     run.fit(stop_after)
-    results = {"settings": run.settings, "seconds": run.seconds, "history": run.history, "held_out": {"before": before}}
+    judged = {"before": before}
+    results = {"settings": run.settings, "seconds": run.seconds, "history": run.history, "held_out": judged}
     if stop_after is not None and stop_after < settings.steps:
         return results
-    results["held_out"]["after"] = evaluate(gated, head, held_out) if held_out else {}
+    judged["after"] = evaluate(gated, head, held_out) if held_out else {}
     gates.export(config, settings.memory).save(out)
     checkpoint.unlink(missing_ok=True)
     return results

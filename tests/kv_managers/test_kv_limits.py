@@ -86,7 +86,8 @@ def test_refusals(changes: dict[str, Any], sentence: str) -> None:
     text = str(error.value)
     assert sentence in text
     assert "snapkv" in text
-    assert text.endswith(".") and "\n" not in text
+    assert text.endswith(".")
+    assert "\n" not in text
 
 
 def test_scopes_that_mix_heads_refuse_tensor_parallelism() -> None:

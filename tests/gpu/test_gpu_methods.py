@@ -2,7 +2,7 @@
 counted.
 
 Graphs without torch.compile: what is captured is the attention, and an engine starts in seconds. Greedy texts are
-compared up to ties, as in test_engine.py.
+compared up to ties, as in test_gpu_engine.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import LENGTHS, OUTPUT, differences, prompts, run
+from test_gpu_engine import LENGTHS, OUTPUT, differences, prompts, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

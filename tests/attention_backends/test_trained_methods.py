@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from engines import (
     COVERING,
     PAGE,
-    SPARSE,
     complete_pages,
     counters,
     generate,
@@ -24,10 +22,8 @@ from engines import (
     start,
     tokens,
 )
-from test_limits import LLAMA, directory
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from learned import ROPE, gates, random_gates, roles
+from test_limits import LLAMA, directory
 
 from vllm_ext.attention_backends import gate_file, role_file
 from vllm_ext.attention_backends.rope import ModelShape, model_shape
@@ -36,8 +32,6 @@ from vllm_ext.options import ConfigError
 SHAPE = ModelShape(3, 4, 2, 32, ROPE)
 """Of the tiny model."""
 FILES = {"seer": {"gates": gates(3, 2, 2, 32, 32, PAGE)}, "lychee": {"roles": roles(3, 2, 2, 32)}}
-SINKS = {"seer": {}, "lychee": {"sink": 1, "local": 2}}
-both = pytest.mark.parametrize("name", ["seer", "lychee"])
 
 
 def build(path: Path, plugin: str, options: dict[str, Any], model: str = "llama") -> Any:
@@ -127,7 +121,7 @@ def test_positions_that_are_no_plain_rotation_are_refused(tmp_path: Path) -> Non
     import vllm_ext
 
     ours = vllm_ext.engine_args("seer", seer={"page_size": PAGE})
-    with pytest.raises(ConfigError, match=r"rotary embedding .*'yarn'.* default, linear, llama3"):
+    with pytest.raises(ConfigError, match=r"undo the rotary embedding .*'yarn'.* default, linear, llama3"):
         EngineArgs(model=str(out), skip_tokenizer_init=True, **ours).create_engine_config()
 
 
@@ -181,7 +175,7 @@ def wrong_gate_records(llm: Any) -> tuple[int, int]:
 
 
 @pytest.mark.engine
-@both
+@pytest.mark.parametrize("name", ["seer", "lychee"])
 def test_room_for_every_page_is_stock(tiny_model: Path, stock: list[list[int]], name: str) -> None:
     """Chunked prefill, mixed batches, prefix hits, preemption: the same tokens."""
     options = COVERING | {"dense_layers": []} | FILES[name]
@@ -195,21 +189,5 @@ def test_room_for_every_page_is_stock(tiny_model: Path, stock: list[list[int]], 
             assert wrong == 0
             assert compared > 50
     assert stats["keys_read"] == stats["keys_visible"] > 0
-    assert stats["sparse_steps"] >= 2 * len(stock) * 39
-
-
-@pytest.mark.engine
-@both
-def test_sparse_steps(tiny_model: Path, stock: list[list[int]], name: str) -> None:
-    options = SPARSE | {"dense_layers": [], "dense_below": 200} | FILES[name] | SINKS[name]
-    with start(tiny_model, {name: options}) as llm:
-        first = generate(llm, prompts(), 40)
-        assert generate(llm, prompts()[::-1], 40)[::-1] == first  # other batches, prefix hits
-        stats = counters(llm)
-        assert leaked(llm) == 0
-    short = [len(p) + 40 <= 200 for p in prompts()]
-    assert [a for a, s in zip(first, short) if s] == [b for b, s in zip(stock, short) if s]
-    assert [t[0] for t in first] == [t[0] for t in stock]  # prompts are exact
-    assert stats["dense_steps"] > 0
-    assert 0.2 < stats["keys_read"] / stats["keys_visible"] < 0.9
-    assert (stats["pages_scored"] > 0) == (name == "seer")
+    # a preempted request computes its next token in a prefill again
+    assert 0.8 < stats["sparse_steps"] / (2 * len(stock) * 39) <= 1
