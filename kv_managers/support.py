@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,7 +138,7 @@ class Steps:
         for r, row in enumerate(batch):
             if row is None:
                 continue
-            starts[r] = self.compactor.begin(row, lambda r=r: common.block_table_tensor[r])
+            starts[r] = self.compactor.begin(row, partial(common.block_table_tensor.__getitem__, r))
             if queries:
                 ring, first, end = self.compactor.record_range(row)
                 if end > first:

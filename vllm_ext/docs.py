@@ -35,15 +35,30 @@ def conflicts_table() -> str:
     rows = []
     for p in catalogue.load().values():
         needs = ", ".join(f"`--{k.replace('_', '-')} {v}`" for k, v in expand([p.name]).stock_args.items())
-        rows.append((f"`{p.name}`", _codes(p.conflicts) or "none", needs or "none"))
+        rows.append((f"`{p.name}`", _conflicts(p), needs or "none"))
     return table(("plugin", "not together with", "engine arguments that it sets, by default"), rows)
 
 
-def compatibility_table() -> str:
-    """What the attention engine works with, as its code declares it."""
-    from vllm_ext.attention_backends.limits import COMPATIBILITY
+def _conflicts(plugin: catalogue.Plugin) -> str:
+    """The plugins that this one excludes; a kind that it excludes whole is named once."""
+    left = set(plugin.conflicts)
+    kinds: dict[str, set[str]] = {}
+    for other in catalogue.load().values():
+        if other.name != plugin.name:
+            kinds.setdefault(other.kind, set()).add(other.name)
+    whole = [kind for kind, names in kinds.items() if len(names) > 1 and names <= left]
+    rest = [name for name in plugin.conflicts if not any(name in kinds[kind] for kind in whole)]
+    named = [f"every other plugin of kind {kind}" if kind == plugin.kind else f"any of kind {kind}" for kind in whole]
+    return ", ".join([*named, *(f"`{name}`" for name in rest)]) or "none"
 
-    return table(("with", "sparse attention plugins"), list(COMPATIBILITY.items()))
+
+def compatibility_table() -> str:
+    """What the attention engine and the KV managers work with, as their code declares it."""
+    from vllm_ext.attention_backends.limits import COMPATIBILITY
+    from vllm_ext.kv_managers.limits import COMPATIBILITY as KV
+
+    attention = table(("with", "sparse attention plugins"), list(COMPATIBILITY.items()))
+    return f"{attention}\n\n{table(('with', 'KV-cache plugins'), list(KV.items()))}"
 
 
 def moe_compatibility_table() -> str:
@@ -55,9 +70,10 @@ def moe_compatibility_table() -> str:
 
 def metrics_table() -> str:
     """Every metric, one row each."""
-    from vllm_ext import metrics
+    from vllm_ext import kv_metrics, metrics, spec_metrics
 
-    rows = [(f"`vllm_ext:{name}_total`", "counter", metrics.HELP[name]) for name in metrics.NAMES]
+    known = {**{name: metrics.HELP[name] for name in metrics.NAMES}, **kv_metrics.HELP, **spec_metrics.HELP}
+    rows = [(f"`vllm_ext:{name}_total`", "counter", text) for name, text in known.items()]
     return table(("name", "type", "meaning"), [("`vllm_ext:attention_density`", "gauge", metrics.DENSITY_HELP), *rows])
 
 
@@ -79,7 +95,7 @@ def _page(plugin: catalogue.Plugin) -> str:
         ("Paper", plugin.paper),
         ("Code", f"`{plugin.class_path}`"),
         ("Training or calibration needed", plugin.training),
-        ("Not together with", _codes(plugin.conflicts) or "none"),
+        ("Not together with", _conflicts(plugin)),
         ("Evidence", "; ".join(f"{k}: {_evidence(v)}" for k, v in plugin.evidence.items()) or "none recorded"),
     ]
     lines = "\n".join(f"* {label}: {text}" for label, text in facts)
@@ -90,10 +106,6 @@ def _page(plugin: catalogue.Plugin) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _codes(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _evidence(items: Sequence[str]) -> str:

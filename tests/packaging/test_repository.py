@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ext import docs, metrics
+from vllm_ext import docs, kv_metrics, metrics, spec_metrics
 from vllm_ext.options import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,9 @@ def dashboard():
 def test_dashboard_shows_metrics_that_exist():
     board = dashboard()
     text = json.dumps(board)
-    assert set(re.findall(r"vllm_ext:(\w+?)_total", text)) == set(metrics.NAMES)
+    assert set(re.findall(r"vllm_ext:(\w+?)_total", text)) == {
+        *metrics.NAMES, *kv_metrics.HELP, *spec_metrics.HELP
+    }  # fmt: skip
     # a gauge over the whole life of a server hides what happens now, and is absent with several API servers
     assert "attention_density" not in text
     pytest.importorskip("vllm")
