@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_ext.attention_backends.method import PAGE_SIZES, SparseMethod
+from vllm_ext.decoder import check_decoder
 from vllm_ext.options import ConfigError
 
 if TYPE_CHECKING:
@@ -51,19 +52,7 @@ def check(method: SparseMethod, vllm_config: VllmConfig) -> None:
 
 def _check_model(method: SparseMethod, cfg: VllmConfig) -> None:
     name, model = method.plugin_name(), cfg.model_config
-    hf = model.hf_text_config
-    if model.runner_type != "generate" or model.is_attention_free or getattr(model, "is_encoder_decoder", False):
-        _fail(
-            f"--plugins {name} needs a decoder with paged full attention, which {model.model} is not; drop the plugin."
-        )
-    if model.use_mla:
-        _fail(f"--plugins {name} does not support MLA models such as {model.model}; drop the plugin.")
-    soft = {"attn_logit_softcapping": "logits soft cap", "alibi": "ALiBi"}
-    found = [text for key, text in soft.items() if getattr(hf, key, None)]
-    found += ["ALiBi"] if hf.model_type in ("bloom", "mpt") else []
-    found += ["attention sinks"] if hf.model_type == "gpt_oss" else []
-    if found:
-        _fail(f"--plugins {name} does not support models with {found[0]} such as {model.model}; drop the plugin.")
+    check_decoder(name, model)
     head = model.get_head_size()
     from vllm.platforms import current_platform
 
@@ -125,7 +114,10 @@ def _check_engine(method: SparseMethod, cfg: VllmConfig) -> None:
     spec = cfg.speculative_config
     drafts = spec.num_speculative_tokens if spec is not None else 0
     if drafts and drafts > 7:
-        _fail(f"--plugins {name} supports up to 7 draft tokens a step, --speculative-config asks for {drafts}.")
+        _fail(
+            f"--plugins {name} supports up to 7 draft tokens a step, --speculative-config asks for {drafts}; "
+            "lower num_speculative_tokens."
+        )
     rows = (1 + (drafts or 0)) * group
     if not current_platform.is_cpu() and cfg.model_config.get_head_size() > 128 and method.page_size > 64 and rows > 32:
         _fail(

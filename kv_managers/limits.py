@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_ext.decoder import check_decoder
 from vllm_ext.kv_managers.counts import Counts
 from vllm_ext.kv_managers.method import KVMethod
 from vllm_ext.options import ConfigError
@@ -45,24 +46,13 @@ def check(method: KVMethod, vllm_config: VllmConfig) -> None:
 def _check_model(method: KVMethod, cfg: VllmConfig) -> None:
     name, model = method.plugin_name(), cfg.model_config
     hf = model.hf_text_config
-    if model.runner_type != "generate" or model.is_attention_free or getattr(model, "is_encoder_decoder", False):
-        _fail(
-            f"--plugins {name} needs a decoder with paged full attention, which {model.model} is not; drop the plugin."
-        )
-    if model.use_mla:
-        _fail(f"--plugins {name} does not support MLA models such as {model.model}; drop the plugin.")
+    check_decoder(name, model)
     kinds = getattr(hf, "layer_types", None) or []
     if any(k != "full_attention" for k in kinds) or (not kinds and model.get_sliding_window() is not None):
         _fail(
             f"--plugins {name} does not support models with sliding-window or other non-full-attention layers such as "
             f"{model.model}; drop the plugin."
         )
-    soft = {"attn_logit_softcapping": "logits soft cap", "alibi": "ALiBi"}
-    found = [text for key, text in soft.items() if getattr(hf, key, None)]
-    found += ["ALiBi"] if hf.model_type in ("bloom", "mpt") else []
-    found += ["attention sinks"] if hf.model_type == "gpt_oss" else []
-    if found:
-        _fail(f"--plugins {name} does not support models with {found[0]} such as {model.model}; drop the plugin.")
     if method.needs_output_weight and model.quantization is not None:
         _fail(f"--plugins {name} reads the output projection and needs unquantized weights, not {model.quantization}.")
 
