@@ -21,8 +21,12 @@ def attach(vllm_config: VllmConfig) -> None:
         _once(model_runner.GPUModelRunner, "add_requests", _after_add)
         _once(model_runner.GPUModelRunner, "finish_requests", _after_finish)
     else:
+        from vllm.platforms import current_platform
+        from vllm.v1.sample import rejection_sampler
         from vllm.v1.worker import gpu_model_runner
 
+        if current_platform.is_cpu():
+            _once(rejection_sampler, "expand_batch_to_tokens", _expand_on_cpu)
         _once(gpu_model_runner.GPUModelRunner, "__init__", _v1_sampler)
         _once(gpu_model_runner.GPUModelRunner, "propose_draft_token_ids", _before_propose)
 
@@ -85,6 +89,20 @@ def _after_finish(original: Any) -> Any:
                 rows.drafter.remove(request, finished=False)
 
     return finish_requests
+
+
+def _expand_on_cpu(original: Any) -> Any:
+    """vLLM 0.32's CPU version fills a copy: temperatures, top-k and top-p of drafts would be uninitialized memory."""
+    import torch
+
+    @functools.wraps(original)
+    def expand_batch_to_tokens(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).repeat_interleave(counts, output_size=num_tokens)
+
+    return expand_batch_to_tokens
 
 
 def _v1_sampler(original: Any) -> Any:

@@ -13,18 +13,20 @@ others=()
 for folder in tests/*/; do
   [ "$folder" = tests/spec_decode/ ] || others+=("--ignore=${folder%/}")
 done
-"$python" -P -m pytest -m "not engine" "$@" >"$log" 2>&1 &
+status() { # what one run of pytest ended with, after others; 5: no test was selected
+  [ "$2" -eq 5 ] && echo "$1" && return
+  [ "$1" -eq 5 ] || [ "$1" -eq 0 ] && echo "$2" && return
+  echo "$1"
+}
+(
+  "$python" -P -m pytest -m "not engine" "$@"
+  one=$?
+  "$python" -P -m pytest -m engine "${others[@]}" "$@"
+  exit "$(status $one $?)"
+) >"$log" 2>&1 &
 "$python" -P -m pytest -m engine --ignore=tests/spec_decode --ignore=tests/kernels "$@"
-codes=($?)
-"$python" -P -m pytest -m engine "${others[@]}" "$@"
-codes+=($?)
+first=$?
 wait $!
-codes+=($?)
+found=$(status $first $?)
 cat "$log"
-none=5 # pytest: no test was selected
-found=$none
-for code in "${codes[@]}"; do
-  [ "$code" -eq $none ] && continue
-  [ $found -eq $none ] || [ $found -eq 0 ] && found=$code
-done
-exit $found
+exit "$found"

@@ -37,6 +37,12 @@ ROWS: tuple[Hook, ...] = (
     _row(takes, "vllm.platforms:current_platform.get_device_name", "the device of a cost table"),
     _row(takes, f"{_V2}:init_speculator", "V2: own speculators", ["vllm_config", "device", "req_states"]),
     _row(takes, f"{_V2}:RejectionSampler", "V2: own verification rules", ["sampler", "spec_config", "device"]),
+    _row(
+        takes,
+        f"{_V1_SAMPLER}:expand_batch_to_tokens",
+        "V1 on CPUs: sampling parameters of drafts",
+        ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"],
+    ),
     _row(takes, f"{_SPEC}.rejection_sampler:RejectionSampler._verify", "V2: the decision is replaced", _VERIFY),
     _row(takes, f"{_V2}:GPUModelRunner.add_requests", "V2: texts of new requests", ["scheduler_output"]),
     _row(takes, f"{_V2}:GPUModelRunner.finish_requests", "V2: requests that have ended", ["scheduler_output"]),

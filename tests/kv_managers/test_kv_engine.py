@@ -48,7 +48,7 @@ def test_attention_reads_what_was_kept(tiny_model: Path, name: str) -> None:
     with pytest.MonkeyPatch.context() as patch, start(tiny_model, {name: EVICTING[name]}, **CHUNKS) as llm:
         checker = Checker(patch, method)
         first = generate(llm, prompts(), OUTPUT)
-        assert checker.worst < 1e-5
+        assert checker.worst < 5e-5  # fp32 against fp64, sums of up to 540 keys
         assert checker.compressed > 300
         assert leaked(llm) == 0
         assert manager(llm).blocks_freed > 20
@@ -56,7 +56,8 @@ def test_attention_reads_what_was_kept(tiny_model: Path, name: str) -> None:
         hits = [o.num_cached_tokens for o in again]
         if method.trigger != "streaming":  # streaming evicts inside the prompt, where it is cut into chunks
             assert [list(o.outputs[0].token_ids) for o in again] == first
-            assert hits == [32, 224, 32, 416, 64, 0] if name == "snapkv" else sum(hits) > 600
+            # the slots of the survivors take no hits; 40 and 65 tokens lose nothing, so all their whole blocks hit
+            assert hits == [32, 224, 64, 416, 64, 0] if name == "snapkv" else sum(hits) > 600
         assert leaked(llm) == 0
 
 

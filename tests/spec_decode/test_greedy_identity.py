@@ -71,7 +71,7 @@ def test_greedy_identity(tiny, case):
     found = run("identity", str(tiny), runner, plugins, sampling | {"max_tokens": 24}, 7, extra)
     assert found["with"]["tokens"] == found["stock"]["tokens"]
     assert found["with"]["runner"].endswith("_model_runner") == (runner == "v1")  # V2: worker.cpu.model_runner
-    assert found["with"]["drafted"] > found["with"]["accepted"] > 0
+    assert found["with"]["drafted"] >= found["with"]["accepted"] > 0
     assert found["with"]["logprobs"] == found["stock"]["logprobs"]
     if "preempted" in case:
         assert found["with"]["preempted"] > 0

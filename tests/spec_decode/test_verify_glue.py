@@ -75,3 +75,13 @@ def test_v2_path_addresses_rows_and_slots() -> None:
     assert torch.equal(tokens, want)
     assert torch.equal(count, want_count)
     assert int(count.max()) > 2
+
+
+def test_sampling_parameters_of_drafts_on_a_cpu() -> None:
+    from vllm_ext.spec_decode.glue import _expand_on_cpu
+
+    expand = _expand_on_cpu(lambda: None)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    got = expand(torch.tensor([0.0, 0.5, 0.7]), ends, 5, replace_from=0, replace_to=1)
+    assert torch.equal(got, torch.tensor([1.0, 1.0, 0.7, 0.7, 0.7]))
+    assert expand(torch.tensor([20, 512, 3], dtype=torch.int32), ends, 5).tolist() == [20, 20, 3, 3, 3]
