@@ -122,6 +122,7 @@ def test_drop_keeps_the_most_used_experts(tiny_moe: Callable, tmp_path: Path) ->
     assert torch.equal(merged.experts(1).router, source.experts(1).router[[0, 1, 2, 3]])
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 def test_merged_model_loads_and_runs(
     family: str, tiny_moe: Callable, tmp_path: Path, start: Callable, generate: Callable
