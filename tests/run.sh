@@ -9,10 +9,6 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # A thread each, so that two processes do not fight over two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-others=()
-for folder in tests/*/; do
-  [ "$folder" = tests/spec_decode/ ] || others+=("--ignore=${folder%/}")
-done
 status() { # what one run of pytest ended with, after others; 5: no test was selected
   [ "$2" -eq 5 ] && echo "$1" && return
   [ "$1" -eq 5 ] || [ "$1" -eq 0 ] && echo "$2" && return
@@ -21,10 +17,10 @@ status() { # what one run of pytest ended with, after others; 5: no test was sel
 (
   "$python" -P -m pytest -m "not engine" "$@"
   one=$?
-  "$python" -P -m pytest -m engine "${others[@]}" "$@"
+  "$python" -P -m pytest -m "engine and speculation" "$@"
   exit "$(status $one $?)"
 ) >"$log" 2>&1 &
-"$python" -P -m pytest -m engine --ignore=tests/spec_decode --ignore=tests/kernels "$@"
+"$python" -P -m pytest -m "engine and not speculation" --ignore=tests/spec_decode "$@"
 first=$?
 wait $!
 found=$(status $first $?)

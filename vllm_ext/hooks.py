@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_ext import hooks_kv, hooks_spec, hooks_tiles
 from vllm_ext.hooks_moe import ROWS as _MOE
-from vllm_ext.probes import Hook, dotted_flags, equals, has, padding_counts, platform_takes, resolve, sets, takes
+from vllm_ext.probes import Hook, dotted_flags, equals, has, padding_counts, platform_takes, resolve, row, sets, takes
 
 __all__ = ["TABLE", "VLLM_VERSION", "Hook", "platform_name", "refusal", "resolve", "version_problem"]
 
@@ -20,16 +20,12 @@ VLLM_VERSION = "0.32"
 """The minor version of vLLM that the table describes."""
 
 
-def _row(probe: Callable[..., str], name: str, use: str, *args: Any, **kwargs: Any) -> Hook:
-    return Hook(name, use, partial(probe, name, *args), **kwargs)
-
-
 def _cpu(probe: Callable[..., str], name: str, use: str, *args: Any) -> Hook:
-    return _row(probe, name, use, *args, platforms=("cpu",))
+    return row(probe, name, use, *args, platforms=("cpu",))
 
 
 def _cuda(probe: Callable[..., str], name: str, use: str, *args: Any) -> Hook:
-    return _row(probe, name, use, *args, platforms=("cuda",))
+    return row(probe, name, use, *args, platforms=("cuda",))
 
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -44,11 +40,11 @@ _LAYER_FACTS = ["sliding_window", "alibi_slopes", "logits_soft_cap", "sinks", "a
 _IMPL = ["num_heads", "head_size", "scale", "kv_sharing_target_layer_name", *_LAYER_FACTS]
 
 _GLUE = (
-    _row(takes, "vllm.plugins:load_general_plugins", "calls plugin.register in every process"),
-    _row(takes, f"{_ARGS}.add_cli_args", "adds --plugins to the parser", ["parser"], rebound=True),
-    _row(takes, f"{_ARGS}.__post_init__", "refuses a bad model directory or option early", ["self"], rebound=True),
-    _row(takes, f"{_ARGS}.create_engine_config", "runs the plugins' checks, prints the banner", ["self"], rebound=True),
-    _row(
+    row(takes, "vllm.plugins:load_general_plugins", "calls plugin.register in every process"),
+    row(takes, f"{_ARGS}.add_cli_args", "adds --plugins to the parser", ["parser"], rebound=True),
+    row(takes, f"{_ARGS}.__post_init__", "refuses a bad model directory or option early", ["self"], rebound=True),
+    row(takes, f"{_ARGS}.create_engine_config", "runs the plugins' checks, prints the banner", ["self"], rebound=True),
+    row(
         has,
         _ARGS,
         "engine arguments that plugins set",
@@ -60,15 +56,15 @@ _GLUE = (
         "reads dotted --additional-config flags",
         dotted_flags,
     ),
-    _row(takes, "vllm.logger:init_logger", "log lines and the banner", ["name"], rebound=True),
-    _row(
+    row(takes, "vllm.logger:init_logger", "log lines and the banner", ["name"], rebound=True),
+    row(
         takes,
         f"{_REGISTRY}.register",
         "gives the attention backend its name; pickled by name (copyreg)",
         ["name", "value"],
         rebound=True,
     ),
-    _row(takes, f"{_REGISTRY}.get_class", "finds the attention backend's class", rebound=True),
+    row(takes, f"{_REGISTRY}.get_class", "finds the attention backend's class", rebound=True),
     Hook(
         "vllm.platforms:current_platform.get_attn_backend_cls",
         "honours the attention backend's name on CPU too",
@@ -79,18 +75,18 @@ _GLUE = (
 )
 
 _WORKERS = (
-    _row(sets, "vllm.v1.worker.worker_base:WorkerBase", "plugin.attach in each worker", ["vllm_config", "rank"]),
-    _row(
+    row(sets, "vllm.v1.worker.worker_base:WorkerBase", "plugin.attach in each worker", ["vllm_config", "rank"]),
+    row(
         has,
         "vllm.v1.worker.worker_base:WorkerBase",
         "trim_kv: gates enter the loaded model, their cache exists before graphs are captured",
         ["load_model", "compile_or_warm_up_model"],
     ),
-    _row(takes, "vllm.distributed:get_tensor_model_parallel_rank", "trim_kv: a rank's KV heads of the gates"),
+    row(takes, "vllm.distributed:get_tensor_model_parallel_rank", "trim_kv: a rank's KV heads of the gates"),
 )
 
 _CONFIG = (
-    _row(
+    row(
         has,
         "vllm.config:VllmConfig",
         "what the plugins' checks, the banner and the metrics read",
@@ -99,7 +95,7 @@ _CONFIG = (
             *("attention_config", "speculative_config", "kv_transfer_config", "additional_config", "instance_id"),
         ],
     ),
-    _row(
+    row(
         has,
         "vllm.config:ModelConfig",
         "what the checks know of the model",
@@ -109,19 +105,19 @@ _CONFIG = (
             *("get_total_num_hidden_layers", "get_sliding_window"),
         ],
     ),
-    _row(sets, "vllm.config:ModelConfig", "the same, set when it is made", ["runner_type", "hf_text_config"]),
-    _row(has, "vllm.config:CacheConfig", "page size and dtype of the KV cache", ["block_size", "cache_dtype"]),
-    _row(
+    row(sets, "vllm.config:ModelConfig", "the same, set when it is made", ["runner_type", "hf_text_config"]),
+    row(has, "vllm.config:CacheConfig", "page size and dtype of the KV cache", ["block_size", "cache_dtype"]),
+    row(
         has,
         "vllm.config:ParallelConfig",
         "refuses what does not shard by KV heads; names the counter file",
         ["tensor_parallel_size", "decode_context_parallel_size", "rank"],
     ),
-    _row(has, "vllm.config:SchedulerConfig", "sizes the engine's buffers", ["max_num_seqs"]),
-    _row(has, "vllm.config:SpeculativeConfig", "query tokens of a decode step", ["num_speculative_tokens"]),
-    _row(has, "vllm.config:CompilationConfig", "graph mode in the banner", ["cudagraph_mode"]),
-    _row(takes, "vllm.config:get_current_vllm_config", "the configuration in attention layers"),
-    _row(
+    row(has, "vllm.config:SchedulerConfig", "sizes the engine's buffers", ["max_num_seqs"]),
+    row(has, "vllm.config:SpeculativeConfig", "query tokens of a decode step", ["num_speculative_tokens"]),
+    row(has, "vllm.config:CompilationConfig", "graph mode in the banner", ["cudagraph_mode"]),
+    row(takes, "vllm.config:get_current_vllm_config", "the configuration in attention layers"),
+    row(
         takes,
         "vllm.config:get_layers_from_vllm_config",
         "finds the layers of a KV-cache group",
@@ -130,20 +126,20 @@ _CONFIG = (
 )
 
 _ATTENTION = (
-    _row(
+    row(
         has,
         f"{_BACKEND}:AttentionBackend",
         "base class of the sparse backend",
         ["get_name", "get_impl_cls", "get_builder_cls", "validate_configuration", "supports_kv_connector"],
     ),
-    _row(takes, f"{_BACKEND}:AttentionBackend.customize_spec", "adds the page index to the KV spec", ["spec"]),
-    _row(
+    row(takes, f"{_BACKEND}:AttentionBackend.customize_spec", "adds the page index to the KV spec", ["spec"]),
+    row(
         takes,
         f"{_BACKEND}:AttentionMetadataBuilder.build",
         "per-step metadata",
         ["common_prefix_len", "common_attn_metadata", "fast_build"],
     ),
-    _row(
+    row(
         has,
         f"{_BACKEND}:CommonAttentionMetadata",
         "lengths, block tables and slots of a step; which rows are still prompts",
@@ -152,7 +148,7 @@ _ATTENTION = (
             *("num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping", "is_prefilling"),
         ],
     ),
-    _row(
+    row(
         has,
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
         "the KV spec of full-attention layers",
@@ -166,10 +162,10 @@ _ATTENTION = (
         "room for the page index behind each page",
         padding_counts,
     ),
-    _row(sets, "vllm.model_executor.layers.attention:Attention", "marks a layer as sparse", ["impl"]),
-    _row(takes, "vllm.model_executor.models.utils:extract_layer_index", "layer numbers (dense_layers)", ["layer_name"]),
-    _row(takes, "vllm.v1.metrics.prometheus:get_prometheus_registry", "shows our collector at /metrics"),
-    _row(
+    row(sets, "vllm.model_executor.layers.attention:Attention", "marks a layer as sparse", ["impl"]),
+    row(takes, "vllm.model_executor.models.utils:extract_layer_index", "layer numbers (dense_layers)", ["layer_name"]),
+    row(takes, "vllm.v1.metrics.prometheus:get_prometheus_registry", "shows our collector at /metrics"),
+    row(
         takes,
         "vllm.v1.metrics.prometheus:setup_multiprocess_prometheus",
         "several API servers: workers count in prometheus_client's files",

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-from vllm_ext.probes import Hook, has, resolve, sets, takes
-
-
-def _row(probe: Callable[..., str], name: str, use: str, *args: Any) -> Hook:
-    return Hook(name, use, partial(probe, name, *args))
+from vllm_ext.probes import Hook, has, resolve, row, sets, takes
 
 
 def _mapping(name: str) -> str:
@@ -25,23 +17,21 @@ _APPLY = [
 ]
 
 ROWS: tuple[Hook, ...] = (
-    _row(_mapping, "vllm.model_executor.custom_op:op_registry_oot", "puts the plugins' MoE layers in place"),
-    _row(
-        takes, f"{_MOE}:MoERunner.__init__", "the MoE layer", ["layer_name", "moe_config", "router", "routed_experts"]
-    ),
-    _row(takes, f"{_MOE}:UnquantizedFusedMoEMethod.__init__", "unquantized experts", ["moe"]),
-    _row(sets, f"{_MOE}:UnquantizedFusedMoEMethod", "the experts kernel, replaced", ["experts_cls"]),
-    _row(has, f"{_MOE}:RoutingMethodType", "declares a router of our own", ["Custom"]),
-    _row(
+    row(_mapping, "vllm.model_executor.custom_op:op_registry_oot", "puts the plugins' MoE layers in place"),
+    row(takes, f"{_MOE}:MoERunner.__init__", "the MoE layer", ["layer_name", "moe_config", "router", "routed_experts"]),
+    row(takes, f"{_MOE}:UnquantizedFusedMoEMethod.__init__", "unquantized experts", ["moe"]),
+    row(sets, f"{_MOE}:UnquantizedFusedMoEMethod", "the experts kernel, replaced", ["experts_cls"]),
+    row(has, f"{_MOE}:RoutingMethodType", "declares a router of our own", ["Custom"]),
+    row(
         takes,
         f"{_MOE}.router.base_router:BaseRouter._compute_routing",
         "a router's choice",
         ["hidden_states", "router_logits", "indices_type", "input_ids"],
     ),
-    _row(sets, f"{_MOE}.router.base_router:BaseRouter", "capture stays vLLM's", ["top_k", "capture_fn"]),
-    _row(sets, f"{_MOE}.router.fused_moe_router:FusedMoERouter", "EPLB stays vLLM's", ["eplb_state"]),
-    _row(takes, f"{_MOE}.router.zero_expert_router:ZeroExpertRouter", "is refused"),
-    _row(
+    row(sets, f"{_MOE}.router.base_router:BaseRouter", "capture stays vLLM's", ["top_k", "capture_fn"]),
+    row(sets, f"{_MOE}.router.fused_moe_router:FusedMoERouter", "EPLB stays vLLM's", ["eplb_state"]),
+    row(takes, f"{_MOE}.router.zero_expert_router:ZeroExpertRouter", "is refused"),
+    row(
         sets,
         f"{_MOE}.routed_experts:RoutedExperts",
         "what a model's own routing does",
@@ -50,7 +40,7 @@ ROWS: tuple[Hook, ...] = (
             *("e_score_correction_bias", "quant_method"),
         ],
     ),
-    _row(
+    row(
         has,
         f"{_MOE}.config:FusedMoEConfig",
         "what plugins are told of a layer",
@@ -59,50 +49,48 @@ ROWS: tuple[Hook, ...] = (
             *("device", "max_num_tokens", "activation", "has_bias", "swiglu_limit"),
         ],
     ),
-    _row(has, f"{_MOE}.activation:MoEActivation", "other activations are refused", ["SILU"]),
-    _row(takes, f"{_MOE}.experts.triton_moe:TritonExperts.apply", "vLLM's experts on GPUs", _APPLY),
-    _row(takes, f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply", "vLLM's experts on CPUs", _APPLY),
-    _row(
+    row(has, f"{_MOE}.activation:MoEActivation", "other activations are refused", ["SILU"]),
+    row(takes, f"{_MOE}.experts.triton_moe:TritonExperts.apply", "vLLM's experts on GPUs", _APPLY),
+    row(takes, f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.apply", "vLLM's experts on CPUs", _APPLY),
+    row(
         takes,
         f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading",
         "packs weights, unless a plugin reads them",
         ["layer"],
     ),
-    _row(
+    row(
         has,
         "vllm.v1.worker.worker_base:WorkerBase",
         "extended on the instance: model loaded, warm-up over, step done, end",
         ["load_model", "get_model", "compile_or_warm_up_model", "execute_model", "shutdown"],
     ),
-    _row(takes, "vllm.distributed.parallel_state:get_tp_group", "one rank writes the trace"),
-    _row(
+    row(takes, "vllm.distributed.parallel_state:get_tp_group", "one rank writes the trace"),
+    row(
         has,
         "vllm.v1.core.sched.output:SchedulerOutput",
         "tokens of a step",
         ["scheduled_new_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens", "finished_req_ids"],
     ),
-    _row(has, "vllm.v1.core.sched.output:NewRequestData", "prompts of a trace", ["req_id", "prompt_token_ids"]),
-    _row(sets, "vllm.v1.worker.gpu_input_batch:InputBatch", "rows of a step, runner V1", ["num_computed_tokens_cpu"]),
-    _row(
+    row(has, "vllm.v1.core.sched.output:NewRequestData", "prompts of a trace", ["req_id", "prompt_token_ids"]),
+    row(sets, "vllm.v1.worker.gpu_input_batch:InputBatch", "rows of a step, runner V1", ["num_computed_tokens_cpu"]),
+    row(
         has,
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         "rows of a step, runner V2",
         ["req_ids", "query_start_loc_np", "num_computed_tokens_np"],
     ),
-    _row(has, "vllm.v1.worker.gpu.model_runner:ExecuteModelState", "the same", ["input_batch"]),
-    _row(
+    row(has, "vllm.v1.worker.gpu.model_runner:ExecuteModelState", "the same", ["input_batch"]),
+    row(
         has,
         "vllm.config:ModelConfig",
         "is it an MoE model, and which",
         ["is_moe", "get_num_experts", "get_num_experts_per_tok", "get_hidden_size", "get_total_num_hidden_layers"],
     ),
-    _row(
-        has, "vllm.config:VllmConfig", "what MoE plugins check", ["lora_config", "kernel_config", "aux_output_config"]
-    ),
-    _row(
+    row(has, "vllm.config:VllmConfig", "what MoE plugins check", ["lora_config", "kernel_config", "aux_output_config"]),
+    row(
         has, "vllm.config:CompilationConfig", "largest graph: rows of a trace's buffer", ["max_cudagraph_capture_size"]
     ),
-    _row(has, "vllm.config.kernel:KernelConfig", "kernels that route by themselves", ["moe_backend"]),
-    _row(has, "vllm.config.aux_output:AuxOutputConfig", "--enable-return-routed-experts", ["enabled"]),
-    _row(has, "vllm.config:ParallelConfig", "what a trace refuses", ["data_parallel_size", "pipeline_parallel_size"]),
+    row(has, "vllm.config.kernel:KernelConfig", "kernels that route by themselves", ["moe_backend"]),
+    row(has, "vllm.config.aux_output:AuxOutputConfig", "--enable-return-routed-experts", ["enabled"]),
+    row(has, "vllm.config:ParallelConfig", "what a trace refuses", ["data_parallel_size", "pipeline_parallel_size"]),
 )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-from vllm_ext.probes import Hook, has, sets, takes
+from vllm_ext.probes import Hook, has, row, sets, takes
 
 _V1 = "vllm.v1.worker.gpu_model_runner"
 _V1_SAMPLER = "vllm.v1.sample.rejection_sampler"
@@ -19,12 +15,8 @@ _VERIFY = [
 ]
 
 
-def _row(probe: Callable[..., str], name: str, use: str, *args: Any) -> Hook:
-    return Hook(name, use, partial(probe, name, *args))
-
-
 ROWS: tuple[Hook, ...] = (
-    _row(
+    row(
         has,
         "vllm.config:SpeculativeConfig",
         "what carries a drafter, and what its checks read",
@@ -33,32 +25,32 @@ ROWS: tuple[Hook, ...] = (
             *("num_speculative_tokens_per_batch_size", "parallel_drafting", "prompt_lookup_min"),
         ],
     ),
-    _row(has, "vllm.config:VllmConfig", "which model runner serves", ["use_v2_model_runner"]),
-    _row(takes, "vllm.platforms:current_platform.get_device_name", "the device of a cost table"),
-    _row(takes, f"{_V2}:init_speculator", "V2: own speculators", ["vllm_config", "device", "req_states"]),
-    _row(takes, f"{_V2}:RejectionSampler", "V2: own verification rules", ["sampler", "spec_config", "device"]),
-    _row(
+    row(has, "vllm.config:VllmConfig", "which model runner serves", ["use_v2_model_runner"]),
+    row(takes, "vllm.platforms:current_platform.get_device_name", "the device of a cost table"),
+    row(takes, f"{_V2}:init_speculator", "V2: own speculators", ["vllm_config", "device", "req_states"]),
+    row(takes, f"{_V2}:RejectionSampler", "V2: own verification rules", ["sampler", "spec_config", "device"]),
+    row(
         takes,
         f"{_V1_SAMPLER}:expand_batch_to_tokens",
         "V1 on CPUs: sampling parameters of drafts",
         ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"],
     ),
-    _row(takes, f"{_SPEC}.rejection_sampler:RejectionSampler._verify", "V2: the decision is replaced", _VERIFY),
-    _row(takes, f"{_V2}:GPUModelRunner.add_requests", "V2: texts of new requests", ["scheduler_output"]),
-    _row(takes, f"{_V2}:GPUModelRunner.finish_requests", "V2: requests that have ended", ["scheduler_output"]),
-    _row(
+    row(takes, f"{_SPEC}.rejection_sampler:RejectionSampler._verify", "V2: the decision is replaced", _VERIFY),
+    row(takes, f"{_V2}:GPUModelRunner.add_requests", "V2: texts of new requests", ["scheduler_output"]),
+    row(takes, f"{_V2}:GPUModelRunner.finish_requests", "V2: requests that have ended", ["scheduler_output"]),
+    row(
         takes,
         f"{_SPEC}.speculator:BaseSpeculator.propose",
         "V2: look-up drafting",
         ["input_batch", "attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states", "num_sampled"],
     ),
-    _row(
+    row(
         takes,
         f"{_SPEC}.standalone_ar.speculator:StandaloneARSpeculator._multi_step_decode",
         "V2: parallel drafting replaces the later drafts",
         ["input_batch", "num_rejected", "num_reqs", "skip_attn", "num_tokens_across_dp"],
     ),
-    _row(
+    row(
         takes,
         f"{_SPEC}.speculator:DraftModelSpeculator.sample_draft",
         "V2: draws drafts",
@@ -67,38 +59,38 @@ ROWS: tuple[Hook, ...] = (
             "draft_logits",
         ],
     ),
-    _row(takes, f"{_SPEC}.utils:get_parallel_drafting_token_id", "V2: the mask token", ["hf_config"]),
-    _row(
+    row(takes, f"{_SPEC}.utils:get_parallel_drafting_token_id", "V2: the mask token", ["hf_config"]),
+    row(
         sets,
         "vllm.v1.worker.gpu.states:RequestState",
         "V2: texts and lengths of requests",
         ["all_token_ids", "total_len", "max_num_reqs", "max_model_len"],
     ),
-    _row(
+    row(
         takes,
         "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor",
         "V2: texts in pinned host memory",
         ["size", "dtype", "device", "uva_instead_of_gpu"],
     ),
-    _row(
+    row(
         takes,
         f"{_V1}:GPUModelRunner.propose_draft_token_ids",
         "V1: passes request ids to the proposer",
         ["scheduler_output"],
     ),
-    _row(takes, f"{_V1_SAMPLER}:RejectionSampler.forward", "V1: own verification rules", ["metadata"]),
-    _row(
+    row(takes, f"{_V1_SAMPLER}:RejectionSampler.forward", "V1: own verification rules", ["metadata"]),
+    row(
         takes,
         f"{_V1_SAMPLER}:rejection_sample",
         "V1: the decision is replaced",
         ["draft_token_ids", "num_draft_tokens", "max_spec_len", "draft_probs", "target_logits", "bonus_token_ids"],
     ),
-    _row(
+    row(
         takes,
         f"{_SCHEDULER}.make_spec_decoding_stats",
         "what became of a request's drafts",
         ["num_draft_tokens", "num_accepted_tokens", "num_invalid_spec_tokens", "request_id"],
     ),
-    _row(sets, _SCHEDULER, "draft lengths", ["dynamic_sd_lookup", "num_spec_tokens"]),
-    _row(takes, "vllm.v1.core.sched.async_scheduler:AsyncScheduler", "the same under asynchronous scheduling"),
+    row(sets, _SCHEDULER, "draft lengths", ["dynamic_sd_lookup", "num_spec_tokens"]),
+    row(takes, "vllm.v1.core.sched.async_scheduler:AsyncScheduler", "the same under asynchronous scheduling"),
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from vllm_ext.probes import Hook, has, takes
+from vllm_ext.probes import Hook, has, row, takes
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _FUSED = f"{_MOE}.fused_moe"
@@ -14,17 +12,13 @@ _LAUNCH = [
 ]
 
 
-def _row(probe, name: str, use: str, *args) -> Hook:
-    return Hook(name, use, partial(probe, name, *args))
-
-
 ROWS: tuple[Hook, ...] = (
-    _row(takes, f"{_FUSED}:get_config_file_name", "where tuned tiles are looked for", ["E", "N", "dtype"]),
-    _row(takes, f"{_FUSED}:get_moe_configs", "reads tuned tiles", ["E", "N", "dtype"]),
-    _row(takes, f"{_FUSED}:get_default_config", "tiles without a file", ["M", "E", "N", "K", "topk", "dtype"]),
-    _row(takes, f"{_FUSED}:invoke_fused_moe_triton_kernel", "compiled while tiles are searched", _LAUNCH),
-    _row(takes, f"{_MOE}:override_config", "tiles under trial", ["config"]),
-    _row(takes, "vllm.platforms:current_platform.get_device_name", "the GPU of a table of tiles"),
-    _row(takes, "vllm.platforms:current_platform.has_device_capability", "Hopper or later", ["capability"]),
-    _row(has, "vllm.config:ParallelConfig", "ranks that cut an expert", ["enable_expert_parallel"]),
+    row(takes, f"{_FUSED}:get_config_file_name", "where tuned tiles are looked for", ["E", "N", "dtype"]),
+    row(takes, f"{_FUSED}:get_moe_configs", "reads tuned tiles", ["E", "N", "dtype"]),
+    row(takes, f"{_FUSED}:get_default_config", "tiles without a file", ["M", "E", "N", "K", "topk", "dtype"]),
+    row(takes, f"{_FUSED}:invoke_fused_moe_triton_kernel", "compiled while tiles are searched", _LAUNCH),
+    row(takes, f"{_MOE}:override_config", "tiles under trial", ["config"]),
+    row(takes, "vllm.platforms:current_platform.get_device_name", "the GPU of a table of tiles"),
+    row(takes, "vllm.platforms:current_platform.has_device_capability", "Hopper or later", ["capability"]),
+    row(has, "vllm.config:ParallelConfig", "ranks that cut an expert", ["enable_expert_parallel"]),
 )

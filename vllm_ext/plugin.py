@@ -248,7 +248,7 @@ def _announce(plugins: Mapping[str, Any], vllm_config: Any) -> None:
     """Banner (once: not in the API server processes that the main process starts) and metrics of a new engine."""
     if not plugins:
         return
-    from vllm_ext import banner, kv_metrics, metrics, spec_metrics, workers
+    from vllm_ext import banner, kv_metrics, metrics, spec_metrics, totals, workers
 
     if any(hasattr(plugin, "attach") for plugin in plugins.values()):
         workers.install(load=True)
@@ -256,9 +256,9 @@ def _announce(plugins: Mapping[str, Any], vllm_config: Any) -> None:
         banner.print_banner(plugins, vllm_config)
     metrics.install_collector(vllm_config)
     if vllm_config.speculative_config is not None:
-        spec_metrics.install_collector(vllm_config)
+        totals.install_collector(vllm_config, spec_metrics.FAMILY, spec_metrics.HELP)
     if any(plugin.kind == "kv" for plugin in plugins.values()):
-        kv_metrics.install_collector(vllm_config)
+        totals.install_collector(vllm_config, kv_metrics.FAMILY, kv_metrics.HELP)
 
 
 def _rewrite_command_line() -> None:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 
@@ -35,6 +36,11 @@ class Hook:
             return self.probe()
         except Exception as error:  # whatever a changed vLLM raises is the answer
             return f"{self.name}: {type(error).__name__}: {error}"
+
+
+def row(probe: Callable[..., str], name: str, use: str, *args: Any, **kwargs: Any) -> Hook:
+    """A hook whose probe is called with the vLLM name and `args`; `kwargs` go to the hook."""
+    return Hook(name, use, partial(probe, name, *args), **kwargs)
 
 
 def resolve(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ BASE = {
     "enforce_eager": True, "skip_tokenizer_init": True, "block_size": 32, "num_gpu_blocks_override": 120,
 }  # fmt: skip
 TOKENS = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-        threads = torch.get_num_threads()
-        torch._C.set_num_threads(1)  # a CPU worker replaces torch.set_num_threads by a warning
-        yield
-        torch._C.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,21 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _in_process() -> Iterator[None]:
-    """Engine cores of this folder live in the test process; other tests get their environment back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-        threads = torch.get_num_threads()
-        torch._C.set_num_threads(1)  # a CPU worker replaces torch.set_num_threads by a warning
-        yield
-        torch._C.set_num_threads(threads)
+def _in_process(in_process: None) -> None:
+    """Every module of this folder starts engines."""
 
 
 @pytest.fixture(scope="session")

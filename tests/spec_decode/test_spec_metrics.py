@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_ext import metrics, spec_metrics
+from vllm_ext import metrics, spec_metrics, totals
 from vllm_ext.spec_decode.history import AcceptanceHistory
 from vllm_ext.spec_decode.lookup import ARMS
 
@@ -21,7 +21,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_counters_reach_the_registry(config):
-    collector = spec_metrics.Collector("e1")
+    collector = totals.Collector("e1", spec_metrics.FAMILY, spec_metrics.HELP)
     counters = np.zeros((len(ARMS), 5), np.int64)
     counters[0], counters[2] = [3, 6, 4, 3, 1], [1, 2, 0, 0, 0]
     spec_metrics.Publisher(config(1), "hsd").publish(ARMS, counters * 100, 1.0)  # other ranks stay silent
@@ -37,13 +37,13 @@ def test_counters_reach_the_registry(config):
 
 def test_files_of_an_earlier_engine_do_not_count(config):
     spec_metrics.Publisher(config(), "standard").publish(ARMS, np.ones((len(ARMS), 5), np.int64), 0.0)
-    assert spec_metrics.Collector("e1").read() == []
+    assert totals.Collector("e1", spec_metrics.FAMILY, spec_metrics.HELP).read() == []
 
 
 def test_writes_are_spaced(config, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(spec_metrics.time, "monotonic", lambda: clock[0])
-    collector = spec_metrics.Collector("e1")
+    monkeypatch.setattr(totals.time, "monotonic", lambda: clock[0])
+    collector = totals.Collector("e1", spec_metrics.FAMILY, spec_metrics.HELP)
     publisher = spec_metrics.Publisher(config(), "standard")
     counters = np.ones((len(ARMS), 5), np.int64)
     for at, want in ((1.0, 1), (1.1, 1), (1.3, 3)):
