@@ -26,6 +26,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vattention": ({}, {"epsilon": 0.1}),
     "tactic": ({"mass": 1.0}, {"budget": 2048, "mass": 0.8}),
     "resa": ({}, {}),
+    "infllm_v2": ({}, {"local": 2}),
+    "retro": ({}, {}),
 }
 names = pytest.mark.parametrize("name", METHODS)
 

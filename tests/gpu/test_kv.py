@@ -29,7 +29,8 @@ def run(model: str, plugin: dict[str, dict[str, Any]], **extra: Any) -> dict[str
     from vllm_ext.evaluation.engine import engine
 
     args = {
-        "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.3,
+        "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 1024,
+        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
         "enforce_eager": True, "disable_log_stats": False, "cudagraph_metrics": True, "seed": 0, "block_size": 32,
     } | (vllm_ext.engine_args(*plugin, **plugin) if plugin else {}) | extra  # fmt: skip
     words, rnd = corpus.load().split(), random.Random(0)

@@ -50,7 +50,12 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
     rnd = random.Random(0)
     prompts = [[rnd.randrange(3, 250) for _ in range(n)] for n in LENGTHS]
     args = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 16, "max_num_batched_tokens": 256, "seed": 0}
-    args |= {"gpu_memory_utilization": 0.3, "skip_tokenizer_init": True, "enforce_eager": True} | extra
+    args |= {
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 4 << 30,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+    } | extra
     ours = vllm_ext.engine_args(*plugins, **plugins) if plugins else {}
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
     with engine(model, args | ours) as llm:

@@ -71,7 +71,8 @@ def run(model: str, plugins: dict[str, dict[str, Any]], temperature: float = 0.0
     from vllm_ext.evaluation.engine import engine
 
     arguments = {
-        "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.2,
+        "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 512,
+        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
         "enforce_eager": True, "disable_log_stats": False, "seed": 0,
     } | (vllm_ext.engine_args(*plugins, **plugins) if plugins else {}) | extra  # fmt: skip
     ids = [{"prompt_token_ids": p} for p in prompts(AutoTokenizer.from_pretrained(model))]

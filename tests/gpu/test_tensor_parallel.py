@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from learned import gates, roles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,9 +20,12 @@ pytestmark = [
 LENGTHS = (40, 300, 900, 1700, 2500)
 OUTPUT = 32
 TIE = 0.1
+SPARSE: dict[str, Any] = {"budget": 512, "dense_below": 0}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "stock": {},
-    "quest": {"quest": {"budget": 512, "dense_below": 0, "dense_layers": [0]}},
+    "quest": {"quest": SPARSE | {"dense_layers": [0]}},
+    "seer": {"seer": SPARSE | {"gates": gates(4, 4, 2, 64, 64, 64)}},
+    "lychee": {"lychee": SPARSE | {"roles": roles(4, 4, 2, 64)}},
 }
 
 
@@ -30,7 +37,8 @@ def run(model: Path, plugins: dict[str, dict[str, Any]], ranks: int) -> list[Any
     from vllm_ext.evaluation.engine import engine
 
     args = {
-        "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.2,
+        "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 1024,
+        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
         "enforce_eager": True, "skip_tokenizer_init": True, "dtype": "float16", "tensor_parallel_size": ranks,
         "seed": 0,
     } | (vllm_ext.engine_args(*plugins, **plugins) if plugins else {"block_size": 64})  # fmt: skip
