@@ -68,7 +68,7 @@ def _log_sum(MAX, SUM, at, mask):
     peak = tl.max(top, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     return peak + tl.log(
-        tl.maximum(tl.sum(tl.load(SUM + at, mask=mask, other=0.0) * tl.exp(top - peak[:, None]), 1), 1e-38)
+        tl.maximum(tl.sum(tl.load(SUM + at, mask=mask, other=0.0) * tl.exp(top - peak[:, None]), 1), 1.2e-38)
     )
 
 
@@ -81,13 +81,13 @@ def _shift(x, t, by: tl.constexpr):
 @triton.jit
 def _ratio(a, b):
     """min(1, a / b) without overflow, 0 where a = 0."""
-    return tl.where(a >= b, (a > 0).to(tl.float32), a / tl.maximum(b, 1e-38))
+    return tl.where(a >= b, (a > 0).to(tl.float32), a / tl.maximum(b, 1.2e-38))
 
 
 @triton.jit
 def _binary_kl(a, b):
-    one = a * tl.log(tl.maximum(a, 1e-38) / tl.maximum(b, 1e-38))
-    return one + (1.0 - a) * tl.log(tl.maximum(1.0 - a, 1e-38) / tl.maximum(1.0 - b, 1e-38))
+    one = a * tl.log(tl.maximum(a, 1.2e-38) / tl.maximum(b, 1.2e-38))
+    return one + (1.0 - a) * tl.log(tl.maximum(1.0 - a, 1.2e-38) / tl.maximum(1.0 - b, 1.2e-38))
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _raised(px, delta, EXACT: tl.constexpr):
             inside = _binary_kl(middle, px) <= delta
             low = tl.where(inside, middle, low)
             high = tl.where(inside, high, middle)
-        low = tl.where(-tl.log(tl.maximum(px, 1e-38)) <= delta, 1.0, tl.where(px > 0, low, 0.0))
+        low = tl.where(-tl.log(tl.maximum(px, 1.2e-38)) <= delta, 1.0, tl.where(px > 0, low, 0.0))
     else:
         low = tl.minimum(px + tl.sqrt(2.0 * delta * px * tl.maximum(1.0 - px, 0.0)), 1.0)
     return low
@@ -118,7 +118,7 @@ def _entropy(
         shift = tl.where(top == float("-inf"), 0.0, top - peak[:, None])
         part = tl.load(PSUM + base, mask=live, other=0.0)
         weight = tl.where(top == float("-inf"), 0.0, tl.exp(shift))
-        z = tl.maximum(tl.sum(weight * part, 1), 1e-38)
+        z = tl.maximum(tl.sum(weight * part, 1), 1.2e-38)
         mean = tl.sum(weight * (tl.load(PENT + base, mask=live, other=0.0) + shift * part), 1) / z
         h = (tl.log(z) - mean) / log_v
     else:
@@ -135,7 +135,7 @@ def _entropy(
             z += w
             s += tl.where(best == float("-inf"), 0.0, w * (best - peak))
             x = tl.where(c[None, :] == tl.argmax(x, 1)[:, None], float("-inf"), x)
-        z = tl.maximum(z, 1e-38)
+        z = tl.maximum(z, 1.2e-38)
         h = tl.log(z) - s / z
     return h
 
@@ -207,7 +207,7 @@ def _judge(
                 mass = tl.where(sampled, tl.sum(tl.load(MASS + base, mask=live & sampled[:, None], other=0.0), 1), mass)
             following = _shift(mass, t, 1)
             rest = following + 1.0 - after
-            h = tl.where(rest > 0, following / tl.maximum(rest, 1e-38), 1.0)
+            h = tl.where(rest > 0, following / tl.maximum(rest, 1.2e-38), 1.0)
             h = tl.where(t == n - 1, after, h)
             tau = tl.max(tl.where((u < h) & (t < n), t + 1, 0), 0)
     else:
@@ -215,7 +215,7 @@ def _judge(
             kept = u < _ratio(px, qx)
         elif KIND == 2:
             gamma = _raised(px, delta, EXACT)
-            scale = tl.where(px < 1, (1.0 - gamma) / tl.maximum(1.0 - px, 1e-38), 1.0)
+            scale = tl.where(px < 1, (1.0 - gamma) / tl.maximum(1.0 - px, 1.2e-38), 1.0)
             kept = u < _ratio(gamma, qx)
         else:
             match = (u < px) & (t < n)
@@ -275,7 +275,7 @@ def _race(
             log_p = x - tl.load(WEIGHTS + r * 3)
             left = tl.load(WEIGHTS + r * 3 + 2) * tl.exp(log_p) - tl.exp(y - tl.load(WEIGHTS + r * 3 + 1))
             # where p = q up to rounding nothing is left anywhere, and p decides
-            x = tl.where(left > 0, tl.log(tl.maximum(left, 1e-38)), log_p - 88.0)
+            x = tl.where(left > 0, tl.log(tl.maximum(left, 1.2e-38)), log_p - 88.0)
     if tl.load(TEMP + r) > 0:
         key = step_key(tl.load(SEED + r), tl.load(POSITION + tl.load(CU + r)))
         x = x - tl.log(exponential(tl.rand(key, FIRST + v)))

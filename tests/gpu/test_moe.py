@@ -13,6 +13,8 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 LENGTHS = (3, 40, 130, 300, 700)
+TIE = 0.5
+"""Nats: bfloat16 rounds differently in other batches and kernels, and may then choose another expert."""
 OUTPUT = 24
 
 
@@ -57,7 +59,7 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
         "enforce_eager": True,
     } | extra
     ours = vllm_ext.engine_args(*plugins, **plugins) if plugins else {}
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False, logprobs=5)
     with engine(model, args | ours) as llm:
         out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         back = llm.generate([{"prompt_token_ids": p} for p in prompts[::-1]], params, use_tqdm=False)[::-1]
@@ -66,6 +68,7 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
         return {
             "tokens": [list(o.outputs[0].token_ids) for o in out],
             "reversed": [list(o.outputs[0].token_ids) for o in back],
+            "logprobs": [o.outputs[0].logprobs for o in out],
             "routed": [getattr(o.outputs[0], "routed_experts", None) for o in out],
             "layer": type(layer).__name__,
             "runner": type(worker.model_runner).__module__,
@@ -73,10 +76,16 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
         }
 
 
-def parted(a: list[list[int]], b: list[list[int]]) -> list[int]:
-    """How many tokens each pair of outputs has in common, where they differ."""
-    firsts = [next((i for i, (x, y) in enumerate(zip(p, q)) if x != y), None) for p, q in zip(a, b)]
-    return [f for f in firsts if f is not None]
+def apart(run: dict[str, Any], other: list[list[int]]) -> list[tuple[int, int, float]]:
+    """Where `other` first leaves the texts of `run` by more than a tie: (text, position, lead in nats)."""
+    found = []
+    for r, (a, b) in enumerate(zip(run["tokens"], other)):
+        at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if at is not None:
+            seen = run["logprobs"][r][at]
+            lead = seen[a[at]].logprob - seen[b[at]].logprob if b[at] in seen else float("inf")
+            found += [(r, at, lead)] if lead > TIE else []
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +125,8 @@ def test_graphs_route_and_trace_as_eager_does(model: Path, stock: dict[str, Any]
     assert graphs["runner"].startswith("vllm.v1.worker.gpu.")
     assert "FULL" in graphs["mode"]
     assert eager["tokens"] != stock["tokens"]
-    # random bfloat16 models tie now and then, and a tie may change experts; none may part at once
-    for other in (eager["tokens"], graphs["reversed"]):
-        common = parted(graphs["tokens"], other)
-        assert len(common) <= 3
-        assert all(n > 0 for n in common)
+    assert not apart(graphs, eager["tokens"])
+    assert not apart(graphs, graphs["reversed"])
     requests = trace_file.load(path).requests
     for rows, routed in zip(requests, graphs["routed"]):
         want = np.sort(np.asarray(routed).reshape(-1, *rows.shape[1:]).astype(np.int64))
@@ -149,4 +155,4 @@ def test_routers_run_on_the_sonic_kernels(model: Path) -> None:
         sonic = run(model, routers | {"sonic_moe": {"calls": "all"}})
     except ValueError as error:
         pytest.skip(f"sonic_moe does not serve this shape: {error}")
-    assert len(parted(vllms["tokens"], sonic["tokens"])) <= 3
+    assert not apart(vllms, sonic["tokens"])

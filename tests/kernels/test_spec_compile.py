@@ -5,13 +5,17 @@ In a process of their own: this one runs Triton in the interpreter.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vllm_ext.kernels import spec_verify
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any], int]]:
@@ -100,3 +104,12 @@ def test_compiles_without_spills(compiled: dict[str, dict[str, Any]]) -> None:
     for case, used in compiled.items():
         assert used["STACK"] <= 32, case
         assert used["LOCAL"] == 0, case
+
+
+def test_constants_are_normal_numbers_in_fp32() -> None:
+    """Triton up to 3.6 takes a smaller literal as fp64, and the arithmetic with it."""
+    smallest = 2.0**-126
+    for path in sorted(Path(spec_verify.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value:
+                assert abs(node.value) >= smallest, f"{path.name}:{node.lineno}"

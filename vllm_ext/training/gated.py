@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from vllm_ext.kernels.kv_score_trim import ACTIVATIONS, capacity_loss, gated_bias, log_retention
 from vllm_ext.kv_managers.trim_gates import TrimGates, fingerprint
@@ -54,6 +54,17 @@ class Gates(nn.Module):
         return TrimGates(tensors, self.activation, memory, fingerprint(config))
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention with a bias a KV head: q [B, H, T, D], k and v [B, KVH, T, D], bias [B, KVH, T, T] -> [B, H, T, D].
+
+    Written out: PyTorch's fused kernels have no reliable gradient of the bias on every GPU.
+    """
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
+    weights = torch.softmax(scores.float() * scale + bias.unsqueeze(2), -1)
+    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+
+
 class GatedModel:
     """A frozen model with gates: `teacher` is the model as it is, `student` the gated one."""
 
@@ -69,9 +80,7 @@ class GatedModel:
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         assert self.bias is not None
-        group = q.shape[1] // k.shape[1]
-        k, v, bias = (x.repeat_interleave(group, 1) for x in (k, v, self.bias.to(q.dtype)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return recompute(_attention, q, k, v, self.bias, scale, use_reentrant=False)
 
     @contextlib.contextmanager
     def _gated(self) -> Iterator[None]:
