@@ -1,4 +1,4 @@
-"""The records of `vllm-ext moe` and `vllm-ext bench routers` as Markdown tables; part of `results.KINDS`."""
+"""The records of `vllm-ext moe` and of the expert layer's benchmarks as Markdown tables; part of `results.KINDS`."""
 
 from __future__ import annotations
 
@@ -55,12 +55,42 @@ def upcycle_table(record: Record) -> str:
     return table(("experts", "steps", "tokens a step", "seconds", "held-out loss before", "after"), [row])
 
 
+def layer_table(record: Record) -> str:
+    """One line for each shape and number of tokens, microseconds a call of the expert layer."""
+    rows = []
+    for r in record["results"]:
+        floor, tuned = max(r["bytes_floor_s"], r["flops_floor_s"]), r.get("tuned_s") or r["default_s"]
+        times = [f"{r[k] * 1e6:.1f}" if r.get(k) else "–" for k in ("default_s", "tuned_s", "sonic_s")]
+        ratio = f"{min(tuned, r['default_s']) / r['sonic_s']:.2f}x"
+        rows.append([r["shape"], str(r["tokens"]), *times, ratio, f"{floor * 1e6:.1f}", f"{floor / r['sonic_s']:.0%}"])
+    head = ("shape", "tokens", "vLLM's experts", "with tuned tiles", "`sonic_moe`", "faster than the faster of both by")
+    return table((*head, "floor", "of the floor"), rows)
+
+
+def tune_table(record: Record) -> str:
+    """One line for each number of tokens: vLLM's own kernel with its default and with the best tiles found."""
+    rows = []
+    for r in record["results"]:
+        c = r["config"]
+        tile = f"{c['BLOCK_SIZE_M']} x {c['BLOCK_SIZE_N']} x {c['BLOCK_SIZE_K']}, {c['num_warps']} warps"
+        gain = f"{r['default_s'] / r['time_s']:.2f}x"
+        rows.append([str(r["tokens"]), f"{r['default_s'] * 1e6:.1f}", f"{r['time_s'] * 1e6:.1f}", gain, tile])
+    return table(("tokens", "default, us", "tuned, us", "gain", "tiles M x N x K"), rows)
+
+
+def _tune_title(record: Record) -> str:
+    s = record["shape"]
+    return f"Tiles of vLLM's expert kernel, {s['experts']} experts of {s['n']}, {s['k']} a token, width {s['d']}"
+
+
 def _compare_title(record: Record) -> str:
     return f"Merged models beside {Path(record['settings']['model']).name} (95 % intervals)"
 
 
 KINDS: dict[str, tuple[Callable[[Record], str], Callable[[Record], str]]] = {
     "bench routers": (lambda record: "Routers, microseconds a call (bfloat16 logits)", routers_table),
+    "bench moe": (lambda record: "One expert layer, bfloat16, microseconds (CUDA graph replays, medians)", layer_table),
+    "moe tune": (_tune_title, tune_table),
     "moe upcycle": (lambda record: "Continued training of an upcycled model", upcycle_table),
     "moe report": (lambda record: f"Routing of {record['results']['model']}", report_table),
     "moe compare": (_compare_title, compare_table),
