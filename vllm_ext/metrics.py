@@ -74,7 +74,7 @@ class Exporter:
     def __init__(self, vllm_config: Any, group: str = "") -> None:
         rank = vllm_config.parallel_config.rank
         key = (vllm_config.instance_id, rank)
-        self._sink, self._group = _sinks.get(key) or _Sink(f"{key[0]}-{rank}"), group
+        self._sink, self._group = _sinks.get(key) or _Sink(f"{key[0]}-{rank}", steps=rank == 0), group
         _sinks[key] = self._sink
 
     def write(self, counters: Counters) -> None:
@@ -83,9 +83,10 @@ class Exporter:
 
 
 class _Sink:
-    """The one place where a worker's exporters write."""
+    """The one place where a worker's exporters write. Ranks have heads of their own, but run the same steps."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, steps: bool = True) -> None:
+        self._steps = steps
         self._file: Any = None
         self._parts: dict[str, list[int]] = {}
         self._last = [0] * len(NAMES)
@@ -106,7 +107,9 @@ class _Sink:
             return
         self._parts[group] = totals
         columns = list(zip(*self._parts.values()))
-        merged = [max(c) if name.endswith("_steps") else sum(c) for name, c in zip(NAMES, columns)]
+        merged = [
+            max(c) * self._steps if name.endswith("_steps") else sum(c) for name, c in zip(NAMES, columns)
+        ]
         before, self._last = self._last, merged
         if self._prometheus is not None:
             for counter, new, old in zip(self._prometheus, merged, before):

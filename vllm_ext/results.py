@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import results_kv, results_moe, results_training
+from vllm_ext import results_kv, results_moe, results_spec, results_training
 from vllm_ext.markdown import table
 from vllm_ext.options import ConfigError
 
@@ -159,15 +159,18 @@ def _quality_title(record: Record) -> str:
 
 
 def quality_table(record: Record) -> str:
-    """One line for each row and length; the columns of the tasks that were run; notes below."""
+    """One line for each row and length; the columns of the tasks that were run, and what was read; notes below."""
     tasks = [t for t in _TASKS if any(r.get(t) for r in record["results"])]
-    rows, notes = [], []
+    reads = any(_bytes_read(r) for r in record["results"])
+    rows, notes = [], [text for task, text in _NOTES.items() if task in tasks or (task == "read" and reads)]
     for result in record["results"]:
         for length in sorted({c["length"] for t in tasks for c in result.get(t, [])}):
             cells = [c for t in tasks for c in _task_cells(result, t, length)]
+            cells += [_bytes_read(result, length) or NONE] * reads
             rows.append([_code(result["label"]), str(length), *cells])
         notes += [f"* {_code(result['label'])}: {note}" for note in result.get("notes", [])]
-    text = table(("row", "tokens", *(title for t in tasks for title in _TASKS[t][0])), rows)
+    titles = [*(title for t in tasks for title in _TASKS[t][0]), *["bytes read"] * reads]
+    text = table(("row", "tokens", *titles), rows)
     return "\n\n".join([text, "\n".join(notes)] if notes else [text])
 
 
@@ -175,6 +178,16 @@ def _task_cells(result: Record, task: str, length: int) -> list[str]:
     titles, make = _TASKS[task]
     found = [c for c in result.get(task, []) if c["length"] == length]
     return make(found[0]) if found else [NONE] * len(titles)
+
+
+def _bytes_read(result: Record, length: int | None = None) -> str:
+    """Bytes that decode steps read relative to dense: "25.1%", or apart for tasks that differ; "" if not counted."""
+    found: dict[str, list[str]] = {}
+    for task in _TASKS:
+        for c in result.get(task, []):
+            if length in (None, c["length"]) and "read" in c:
+                found.setdefault(f"{c['read']['bytes']:.1%}", []).append(task)
+    return ", ".join(text if len(found) == 1 else f"{text} ({', '.join(t)})" for text, t in found.items())
 
 
 def _niah_cells(c: Record) -> list[str]:
@@ -189,15 +202,35 @@ def _kl_cells(c: Record) -> list[str]:
 
 
 def _ppl_cells(c: Record) -> list[str]:
-    more = f"{c['nll_more']:+.4f} ({c['nll_more_low']:+.4f}–{c['nll_more_high']:+.4f})" if "nll_more" in c else NONE
-    return [f"{c['ppl']:.3f}", more]
+    return [f"{c['ppl']:.3f}", _more(c)]
+
+
+def _more(c: Record) -> str:
+    return f"{c['nll_more']:+.4f} ({c['nll_more_low']:+.4f}–{c['nll_more_high']:+.4f})" if "nll_more" in c else NONE
+
+
+def _gen_cells(c: Record) -> list[str]:
+    kl = f"{c['kl']:.4f} ({c['kl_low']:.4f}–{c['kl_high']:.4f})" if "kl" in c else NONE
+    return [f"{c['nll']:.4f}", _more(c), kl, f"{c['distinct']:.1%} ({c['distinct_low']:.1%}–{c['distinct_high']:.1%})"]
 
 
 _TASKS: dict[str, tuple[tuple[str, ...], Callable[[Record], list[str]]]] = {
     "niah": (("needles found",), _niah_cells),
     "kl": (("mean KL to dense, nats", "same top token"), _kl_cells),
     "ppl": (("perplexity", "NLL over dense, nats"), _ppl_cells),
+    "gen": (("NLL of own text, nats", "over dense's", "KL to dense on it", "distinct 4-grams"), _gen_cells),
 }
+_NOTES = {
+    "gen": (
+        "* own text: generated behind the tokens at temperature 1, then judged by full attention; its NLL is H(q, p), "
+        "over dense's H(q, p) - H(p); KL(q || p) a token"
+    ),
+    "read": (
+        "* bytes read: keys, values and index of the decode steps relative to dense, over all layers that see the "
+        "whole context"
+    ),
+}
+"""What columns mean: task, or "read", -> a line below the table."""
 
 
 def _code(text: str) -> str:
@@ -210,6 +243,7 @@ KINDS: dict[str, tuple[Callable[[Record], str], Callable[[Record], str]]] = {
     "eval": (_quality_title, quality_table),
     **results_kv.KINDS,
     **results_moe.KINDS,
+    **results_spec.KINDS,
     **results_training.KINDS,
 }
 """Command of a record -> (title, table); the order of the document."""

@@ -31,14 +31,15 @@ def test_dense_against_dense(model, tmp_path, monkeypatch, capsys, extra):
     out = tmp_path / "out"
     command = ["vllm-ext", "eval", str(model), "--plugins", "dense", "--length", "700", "--samples", "3"]
     command += ["--positions", "9", "--texts", "3", "--batch", "2", "--eager", "--dtype", "float32", "--out", str(out)]
-    command += ["--task", "niah", "--task", "kl", "--task", "ppl", "--commit", "test", *extra]
+    command += ["--task", "niah", "--task", "kl", "--task", "ppl", "--task", "gen", "--output", "20"]
+    command += ["--plugins", "quest:budget=256,dense_below=0", "--commit", "test", *extra]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
     record = json.loads((out / "eval.json").read_text())
     assert record["commit"] == "test"
-    dense, control = record["results"]
+    dense, control, sparse = record["results"]
     assert "kl" not in dense or not dense["kl"]
     cell = control["kl"][0]
     assert cell["mean"] < 1e-6
@@ -49,5 +50,16 @@ def test_dense_against_dense(model, tmp_path, monkeypatch, capsys, extra):
     assert dense["niah"][0]["samples"] == 3
     answers = [[a["generated"] for a in r["niah"][0]["answers"]] for r in (dense, control)]
     assert answers[0] == answers[1]
+    assert control["gen"][0]["nll_more"] == pytest.approx(0, abs=1e-5)
+    assert abs(control["gen"][0]["kl"]) < 1e-3 < abs(sparse["gen"][0]["kl"])
+    assert control["gen"][0]["tokens"] == 60
+    assert "read" not in control["gen"][0]
+    steps = {task: sparse[task][0]["read"]["sparse_steps"] for task in ("niah", "kl", "ppl", "gen")}
+    questions = steps.pop("niah")
+    assert questions >= 3 * 11
+    assert steps == {"kl": 27, "ppl": 27, "gen": 3 * 19}
+    assert all(0.3 < sparse[task][0]["read"]["density"] < 0.4 for task in ("niah", "kl", "gen"))
     assert (out / "eval.png").stat().st_size > 5000
-    assert "perplexity" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown
+    assert "bytes, all layers" in shown

@@ -70,6 +70,11 @@ BAD = [
     (["--plugins", "quest+streaming"], "exclude"),
     (["--dtype", "int4"], "--dtype"),
     (["--memory", "2"], "--memory"),
+    (["--kv-memory", "0"], "--kv-memory"),
+    (["--kv-memory", "nan"], "--kv-memory"),
+    (["--task", "gen", "--texts", "1"], "--texts"),
+    (["--task", "gen", "--length", "3500"], "--length"),
+    (["--task", "gen", "--plugins", "streaming_llm:budget=256"], "evicts inside prompts"),
 ]
 
 
@@ -89,3 +94,18 @@ def test_unreadable_model(tmp_path, assert_refused):
     assert_refused(["eval", str(tmp_path / "none")], "not a readable model directory")
     (tmp_path / "config.json").write_text("{")
     assert_refused(["eval", str(tmp_path)], "not JSON")
+
+
+def test_kv_memory(model, monkeypatch, assert_refused):
+    """The engine gets bytes and no share of the memory; on a CPU the environment variable would silently win."""
+    from vllm.platforms import current_platform
+
+    from vllm_ext.evaluation.settings import Settings
+
+    args = Settings(model, ("kl",), kv_memory=1.5).engine_args()
+    assert args["kv_cache_memory_bytes"] == 3 << 29
+    assert args["gpu_memory_utilization"] < 0.05
+    assert "kv_cache_memory_bytes" not in Settings(model, ("kl",)).engine_args()
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    if current_platform.is_cpu():
+        assert_refused(["eval", model, "--kv-memory", "1"], "VLLM_CPU_KVCACHE_SPACE")

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="model directory or hub name")],
-    task: Annotated[list[str] | None, typer.Option(help="niah, kl or ppl; repeatable")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="niah, kl, ppl or gen; repeatable")] = None,
     plugins: Annotated[
         list[str] | None,
         typer.Option(help="a row, e.g. 'quest:budget=512,dense_below=0'; repeatable, dense is always first"),
@@ -33,21 +33,25 @@ def evaluate(
     ] = False,
     chat: Annotated[bool, typer.Option(help="use the chat template (niah)")] = True,
     positions: Annotated[int, typer.Option(help="judged decode positions a text (kl, ppl)")] = 64,
-    texts: Annotated[int, typer.Option(help="held-out texts a cell (kl, ppl)")] = 8,
+    texts: Annotated[int, typer.Option(help="held-out texts a cell (kl, ppl, gen)")] = 8,
+    output: Annotated[int, typer.Option(help="tokens generated behind each text (gen)")] = 1000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    seed: Annotated[int, typer.Option(help="of the needles")] = 0,
+    seed: Annotated[int, typer.Option(help="of the needles and of the engine")] = 0,
     batch: Annotated[int, typer.Option(help="requests that run at once")] = 32,
     eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
     memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.8,
+    kv_memory: Annotated[
+        float | None, typer.Option(help="GiB of the KV cache, instead of --memory: evaluations can share a GPU")
+    ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="all engines in one process: faster starts than a fresh process a row")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="folder for eval.json and eval.png")] = None,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
-    """Needles, divergence from dense and perplexity, with intervals; the dense row always comes first."""
+    """Needles, divergence from dense, perplexity and free generation, with intervals; the dense row comes first."""
     from vllm_ext.evaluation.engine import check_length, check_model
-    from vllm_ext.evaluation.rows import parse_rows
+    from vllm_ext.evaluation.rows import check_prefill, parse_rows
     from vllm_ext.evaluation.settings import Settings
 
     given: dict[str, Any] = {"keys": keys, "values": values, "decode_question": decode_question, "chat": chat}
@@ -57,7 +61,9 @@ def evaluate(
         tasks=tuple(task or ["niah"]),
         lengths=tuple(length or [2048]),
         samples=samples,
+        output=output,
         memory=memory,
+        kv_memory=kv_memory,
         **given,
     )
     settings.check()
@@ -66,6 +72,8 @@ def evaluate(
     check_dtype(dtype)
     for row in rows:
         row.engine_args()  # a wrong plugin or option ends the command before any weight is loaded
+    if "gen" in settings.tasks:
+        check_prefill(rows)
     settings.check_prompts()
     run(settings, rows, in_process, out, commit)
 
@@ -96,7 +104,8 @@ def run(settings: Any, rows: Any, in_process: bool, out: Path | None, commit: st
             records.save(record, out / "eval.json")
 
     results = measure(settings, rows, in_process=in_process, on_row=save)
-    Console(width=160).print(report.table(results))
+    for table in filter(None, (report.table(results), report.read_table(results))):
+        Console(width=160).print(table)
     if out is not None:
         report.plot(results, out / "eval.png")
         print(f"written: {out / 'eval.json'}, {out / 'eval.png'}")

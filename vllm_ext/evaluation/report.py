@@ -21,42 +21,61 @@ def check_plots() -> None:
         raise ConfigError("plots need matplotlib; install 'vllm-ext[bench]' or leave --out away.")
 
 
+TITLES = {
+    "niah": ["needles"],
+    "kl": ["mean KL, nats", "median", "p99", "same top token"],
+    "ppl": ["perplexity", "NLL over dense"],
+    "gen": ["NLL of own text", "over dense", "KL on own text", "distinct 4-grams"],
+}
+
+
 def table(results: list[dict[str, Any]]) -> Any:
     """A rich table: one line for each row and length, one column for each task."""
     from rich.table import Table
 
-    tasks = [t for t in ("niah", "kl", "ppl") if any(r.get(t) for r in results)]
+    tasks = [t for t in TITLES if any(r.get(t) for r in results)]
     out = Table(title="quality (95 % intervals)")
     out.add_column("row", overflow="fold")
     out.add_column("length", justify="right")
-    titles = {
-        "niah": ["needles"],
-        "kl": ["mean KL, nats", "median", "p99", "same top token"],
-        "ppl": ["perplexity", "NLL over dense"],
-    }
-    for task in tasks:
-        for title in titles[task]:
-            out.add_column(title, justify="right")
+    for title in (t for task in tasks for t in TITLES[task]):
+        out.add_column(title, justify="right")
     for result in results:
         for length in sorted({c["length"] for t in tasks for c in result.get(t, [])}):
             cells: list[str] = []
             for task in tasks:
                 found = [c for c in result.get(task, []) if c["length"] == length]
-                cells += _cells(task, found[0]) if found else ["–"] * len(titles[task])
+                cells += _cells(task, found[0]) if found else ["–"] * len(TITLES[task])
             out.add_row(result["label"], str(length), *cells)
     return out
+
+
+def read_table(results: list[dict[str, Any]]) -> Any:
+    """A rich table of what decode steps read (`reads.Meter.cell`), one line a task; None if no row counts it."""
+    from rich.table import Table
+
+    out = Table(title="read by decode steps, relative to dense")
+    out.add_column("row", overflow="fold")
+    for title in ("task", "length", "keys, sparse layers", "bytes, sparse layers", "bytes, all layers"):
+        out.add_column(title, justify="right")
+    for result in results:
+        for task, c in ((t, c) for t in TITLES for c in result.get(t, []) if "read" in c):
+            shares = [f"{c['read'][name]:.1%}" for name in ("density", "bytes_sparse_layers", "bytes")]
+            out.add_row(result["label"], task, str(c["length"]), *shares)
+    return out if out.row_count else None
 
 
 def _cells(task: str, cell: dict[str, Any]) -> list[str]:
     if task == "niah":
         return [f"{cell['correct']}/{cell['samples']} ({cell['low']:.2f}–{cell['high']:.2f})"]
+    more = "–"
+    if "nll_more" in cell:
+        more = f"{cell['nll_more']:+.4f} ({cell['nll_more_low']:+.3f}–{cell['nll_more_high']:+.3f})"
     if task == "ppl":
-        more = (
-            "–"
-            if "nll_more" not in cell
-            else f"{cell['nll_more']:+.4f} ({cell['nll_more_low']:+.3f}–{cell['nll_more_high']:+.3f})"
-        )
         return [f"{cell['ppl']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})", more]
+    if task == "gen":
+        kl = f"{cell['kl']:.4f} ({cell['kl_low']:.3f}–{cell['kl_high']:.3f})" if "kl" in cell else "–"
+        repeats = f"{cell['distinct']:.1%} ({cell['distinct_low']:.1%}–{cell['distinct_high']:.1%})"
+        return [f"{cell['nll']:.4f} ({cell['nll_low']:.3f}–{cell['nll_high']:.3f})", more, kl, repeats]
     return [
         f"{cell['mean']:.5f} ({cell['low']:.5f}–{cell['high']:.5f})",
         f"{cell['median']:.5f}",
@@ -69,6 +88,7 @@ MEASURES = {
     "niah": ("needles found", "accuracy", "low", "high"),
     "kl": ("mean KL to dense, nats", "mean", "low", "high"),
     "ppl": ("NLL over dense, nats", "nll_more", "nll_more_low", "nll_more_high"),
+    "gen": ("NLL of own text over dense's, nats", "nll_more", "nll_more_low", "nll_more_high"),
 }
 
 
@@ -117,7 +137,7 @@ def _panel(axis: Any, results: list[dict[str, Any]], task: str, length: int) -> 
     if series:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("budget, keys a query")
-    if task == "ppl":
+    if task in ("ppl", "gen"):
         axis.axhline(0, color="black", linewidth=1, label="dense")
     if task == "kl" and series:
         axis.set_yscale("log")

@@ -89,6 +89,20 @@ def parse_rows(texts: Sequence[str]) -> list[Row]:
     return rows
 
 
+def check_prefill(rows: Sequence[Row]) -> None:
+    """Refuse rows whose prompts are not prefilled with the full attention of the stock model.
+
+    Raises:
+        ConfigError: one sentence that names the plugin and why.
+    """
+    for plugin in (p for row in rows for p in row.plugins().values()):
+        reason = "evicts inside prompts" if getattr(plugin, "trigger", None) == "streaming" else ""
+        reason = "changes the routing of prompts" if getattr(plugin, "routes", False) else reason
+        if reason:
+            judged = f"--task gen is judged by a dense prefill, but {plugin.plugin_name()} {reason}"
+            raise ConfigError(f"{judged}; drop the row or the task.")
+
+
 def _options(text: str, given: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     # Commas inside brackets belong to a list value: dense_layers=[0,1].

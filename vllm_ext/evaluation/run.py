@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.evaluation.rows import Row
+from vllm_ext.evaluation.rows import Row, check_prefill
 from vllm_ext.evaluation.settings import Settings
 from vllm_ext.options import ConfigError
 
@@ -37,6 +37,8 @@ def evaluate(
     settings.check()
     if not rows or rows[0].options:
         raise ConfigError("the first row of an evaluation must be the dense one.")
+    if "gen" in settings.tasks:
+        check_prefill(rows)
     results: list[dict[str, Any]] = []
     # The dense logits of the kl task: float32, texts x positions x vocabulary.
     with tempfile.TemporaryDirectory(prefix="vllm-ext-eval-") as scratch:
@@ -62,13 +64,13 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     with engine(settings.model, settings.engine_args() | row.engine_args()) as llm:
         result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
         with bars(row.label) as advance:
-            result |= _measure(llm, settings, job, advance)
+            result |= _measure(llm, settings, row, job, advance)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
 
-def _measure(llm: Any, settings: Settings, job: dict[str, Any], advance: Callable) -> dict[str, Any]:
-    from vllm_ext.evaluation import tasks
+def _measure(llm: Any, settings: Settings, row: Row, job: dict[str, Any], advance: Callable) -> dict[str, Any]:
+    from vllm_ext.evaluation import generation, tasks
     from vllm_ext.evaluation.teacher import Tape
 
     result: dict[str, Any] = {}
@@ -79,8 +81,10 @@ def _measure(llm: Any, settings: Settings, job: dict[str, Any], advance: Callabl
         cells = tasks.run_forced(llm, settings, tape, advance)
         for task in ("kl", "ppl"):
             if task in settings.tasks:
-                common = ("length", "texts", "positions")
-                result[task] = [{k: c[k] for k in common} | c[task] for c in cells if task in c]
+                common = ("length", "texts", "positions", "read")
+                result[task] = [{k: c[k] for k in common if k in c} | c[task] for c in cells if task in c]
+    if "gen" in settings.tasks:
+        result["gen"] = generation.run_gen(llm, settings, row, Path(job["scratch"]), job["recording"], advance)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vllm_ext.evaluation import corpus, niah, stats
+from vllm_ext.evaluation.reads import Meter
 from vllm_ext.evaluation.settings import ANSWER_TOKENS, Settings
 from vllm_ext.evaluation.teacher import Tape, forced_params, use_tape
 
@@ -36,7 +37,8 @@ def _niah_cell(llm: Any, settings: Settings, length: int, advance: Advance) -> d
     ]
     found: list[list[bool]] = []
     texts: list[str] = []
-    for part in _parts(samples, settings.batch):
+    meter = Meter(llm)
+    for part in parts(samples, settings.batch):
         advance(f"niah {length}", len(found), len(samples))
         texts += _answers(llm, settings, part)
         found += [niah.score(t, s.answers) for t, s in zip(texts[len(found) :], part)]
@@ -54,6 +56,7 @@ def _niah_cell(llm: Any, settings: Settings, length: int, advance: Advance) -> d
         "low": low,
         "high": high,
         "needles_found": float(np.mean([f for flags in found for f in flags])),
+        **meter.cell(),
         "answers": [
             {"depth": s.depth, "expected": s.answers, "generated": t, "correct": all(f)}
             for s, t, f in zip(samples, texts, found)
@@ -96,9 +99,9 @@ def run_forced(llm: Any, settings: Settings, tape: Tape, advance: Advance) -> li
     for length in settings.lengths:
         texts = corpus.windows(llm.get_tokenizer(), settings.texts, length + settings.positions + 1)
         keys = [f"{length}-{i}" for i in range(len(texts))]
-        done = 0
+        done, meter = 0, Meter(llm)
         with use_tape(tape):
-            for part in _parts(list(zip(keys, texts)), settings.batch):
+            for part in parts(list(zip(keys, texts)), settings.batch):
                 advance(f"kl/ppl {length}", done, len(texts))
                 prompts = [{"prompt_token_ids": t[:length]} for _, t in part]
                 params = [forced_params(t[length:], length, key=k) for k, t in part]
@@ -107,7 +110,7 @@ def run_forced(llm: Any, settings: Settings, tape: Tape, advance: Advance) -> li
                     check_forced(list(output.outputs[0].token_ids), text[length:])
                 done += len(part)
         advance(f"kl/ppl {length}", done, len(texts))
-        cells.append(_forced_cell(settings, length, tape, keys))
+        cells.append(_forced_cell(settings, length, tape, keys) | meter.cell())
     return cells
 
 
@@ -143,6 +146,7 @@ def _decoded(table: dict[str, np.ndarray], keys: list[str]) -> list[np.ndarray]:
     return columns
 
 
-def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+def parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """The items in lists of at most `size`."""
     for i in range(0, len(items), size):
         yield items[i : i + size]
