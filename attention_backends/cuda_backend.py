@@ -180,6 +180,8 @@ class SparseFlashImpl(FlashAttentionImpl):
         done = 0
         if decode is not None:
             done = decode.tokens
+            if not stages.warm and number == stages.dims.layers[0] and not torch.cuda.is_current_stream_capturing():
+                stages.warm_up(query, keys, values, index, decode.block_table, self.scale)
             stages.decode(number, query[:done], keys, values, index, decode, output[:done], self.scale)
         if done == meta.num_actual_tokens:
             return output

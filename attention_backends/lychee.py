@@ -27,6 +27,11 @@ class Lychee(SparseMethod):
     tokens always read. Roles come from `vllm-ext train lychee`; `retrieval_heads` takes another number of them, by
     their trained rank. The paper's cache correction (recomputing 32 tokens densely in place) is not done: it would
     rewrite pages that the prefix cache shares.
+
+    `others` = "recent" is the static split of DuoAttention (arXiv 2410.10819, section 2): the other heads read the
+    first `sink` and the most recent pages, `budget` in all, and retrieval heads choose nothing; sink=1, local=1,
+    budget=320 is the 64 and 256 tokens of its evaluation. Roles come from the same file: DuoAttention's own way to find
+    them (a gate a head, tuned on passkeys) is not here, and the other heads' old keys stay in the cache.
     """
 
     name: ClassVar[str] = "lychee"
@@ -36,6 +41,11 @@ class Lychee(SparseMethod):
     sink: int = option(2, "pages at the start that are always read", unit="pages", minimum=0)
     local: int = option(4, "pages at the end that are always read", unit="pages", minimum=1)
     roles: str | None = option(None, "JSON file of the model's head roles; null = those shipped for this model")
+    others: str = option(
+        "carried",
+        "what the other heads read: the list of a layer before (carried), or first and last pages (recent)",
+        choices=("carried", "recent"),
+    )
     retrieval_heads: int | None = option(
         None, "retrieval heads behind the first layer; null = as trained", unit="heads", minimum=0
     )
@@ -82,7 +92,12 @@ class Lychee(SparseMethod):
         file = self.file(model)
         dense = sum(map(sum, self.map(file)))
         rows = super().banner(vllm_config)
-        return {**rows, "roles": f"{dense} of {model.layers * model.kv_heads} KV heads read every key ({file.path})"}
+        lists = {"carried": "pages that a head of a layer before chose", "recent": "first and last pages"}[self.others]
+        return {
+            **rows,
+            "roles": f"{dense} of {model.layers * model.kv_heads} KV heads read every key ({file.path})",
+            "other heads": lists,
+        }
 
     def stages(self, dims: StageDims) -> Stages:
         """One launch a layer for both kinds of heads."""

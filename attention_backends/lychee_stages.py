@@ -1,4 +1,4 @@
-"""Lists handed from layer to layer: the stages of LycheeDecode. One launch a layer."""
+"""Heads that read everything beside heads that read a list: the stages of LycheeDecode. One launch a layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vllm_ext.kernels.mixed_decode import PROGRAMS, MixedBuffers, mixed_decode
 class LycheeStages(Stages):
     """The roles of this rank's heads, and one set of lists that the layers of a step write and read in turn.
 
-    Nothing outlives a step: the group's first layer writes the lists of every head.
+    Nothing outlives a step: the group's first layer writes the lists of every head. With `others` = "recent" no list is
+    written.
     """
 
     method: Lychee
@@ -31,7 +32,9 @@ class LycheeStages(Stages):
         heads = slice(dims.tp_rank * dims.num_kv_heads, (dims.tp_rank + 1) * dims.num_kv_heads)
         whole = method.map(file)
         self.roles = {layer: list(whole[layer][heads]) for layer in dims.layers}
-        self.roles[dims.layers[0]] = [True] * dims.num_kv_heads
+        self.recent = method.others == "recent"
+        if not self.recent:
+            self.roles[dims.layers[0]] = [True] * dims.num_kv_heads
         self.carried: dict[int, Tensor] = {}
 
     def allocate(self) -> None:
@@ -52,7 +55,7 @@ class LycheeStages(Stages):
             query, k_cache, v_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.always_dense,
             batch.slot_mapping, self.role[layer], out, self.buffers, max_query_len=batch.max_query_len, scale=scale,
             dense_limit=method.dense_limit, capacity=method.capacity, sink=method.sink, local=method.local,
-            choose=any(self.roles[layer]),
+            choose=any(self.roles[layer]) and not self.recent, recent=self.recent,
         )  # fmt: skip
 
     def reference_decode(
@@ -66,13 +69,19 @@ class LycheeStages(Stages):
                 out[row.tokens] = self.reference_attend(layer, row, q, k_cache, v_cache, None, Read(0), scale)
                 self.count(row.n, heads, None)
                 continue
-            role, before = self.roles[layer], self.carried.get(row.number)
-            out[row.tokens], after = reference_lychee.step(
-                q, k_cache, v_cache, row.pages, row.n, scale, role, before, method.capacity, method.sink, method.local
-            )
-            self.carried[row.number] = after
+            role, count = self.roles[layer], row.pages.numel()
+            given = (q, k_cache, v_cache, row.pages, row.n, scale, role)
+            if self.recent:
+                ids = reference_lychee.recent_pages(count, method.capacity, method.sink)
+                lists: Tensor | None = ids.to(q.device).expand(heads, -1)
+                out[row.tokens] = reference_lychee.attend(*given, lists)
+            else:
+                lists = self.carried.get(row.number)
+                out[row.tokens], self.carried[row.number] = reference_lychee.step(
+                    *given, lists, method.capacity, method.sink, method.local
+                )
             read = Read(0)
             for h, everything in enumerate(role):
-                read.keys_read += row.n if everything else keys_listed(before[h : h + 1], row, page)  # type: ignore[index]
-                read.pages_read += row.pages.numel() if everything else before.shape[1]  # type: ignore[union-attr]
+                read.keys_read += row.n if everything else keys_listed(lists[h : h + 1], row, page)  # type: ignore[index]
+                read.pages_read += count if everything else lists.shape[1]  # type: ignore[union-attr]
             self.count(row.n, heads, read)

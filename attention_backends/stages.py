@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from vllm_ext.attention_backends.method import SparseMethod
 from vllm_ext.kernels import reference
 from vllm_ext.kernels.index_update import update_index
 from vllm_ext.kernels.score_select import STATS, SelectBuffers, score_select
-from vllm_ext.kernels.sparse_decode import DecodeBuffers, sparse_decode
+from vllm_ext.kernels.sparse_decode import DecodeBuffers, sparse_decode, splits_for
+from vllm_ext.kernels.tail_sample import sample_splits
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,19 @@ class Read:
     capped_rows: int = 0
 
 
+def request_counts(most: int, heads: int) -> list[int]:
+    """Numbers of requests that together make every kernel which steps of up to `most` requests can need.
+
+    Kernels are compiled for a number of splits, and for powers of two.
+    """
+    found: dict[Any, int] = {}
+    for requests in range(1, most + 1):
+        pairs = requests * heads
+        key = splits_for(pairs), sample_splits(pairs), (pairs - 1).bit_length()
+        found.setdefault(key, requests)
+    return list(found.values())
+
+
 class Stages:
     """Top-k pages by the method's index and score; one object for all sparse layers of a KV-cache group.
 
@@ -127,6 +142,7 @@ class Stages:
 
     def __init__(self, method: SparseMethod, dims: StageDims) -> None:
         self.method, self.dims = method, dims
+        self.warm = False
         self.stats = torch.zeros(STATS, dtype=torch.int64, device=dims.device)
 
     @property
@@ -190,6 +206,34 @@ class Stages:
         """
         if index is not None and self.method.index != "none":
             update_index(k_cache, index, batch.slot_mapping, self.method.index)
+
+    def warm_up(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, index: Tensor | None, block_table: Tensor, scale: float
+    ) -> None:
+        """Launch what steps of any number of requests launch, on rows without keys, so that serving compiles nothing.
+
+        Between steps, outside a capture, after `allocate`. The arguments are those of a step: their dtypes and strides
+        count. Only the buffers that every step fills are written.
+        """
+        if self.warm:
+            return
+        before, self.warm = self.stats.clone(), True
+        d, width = self.dims, block_table.stride(0)
+        for requests in request_counts(d.max_requests, d.num_kv_heads):
+            for m in sorted({1, d.max_query_len}):
+                tokens = requests * m
+                q = torch.empty_strided(
+                    (tokens, *query.shape[1:]), query.stride(), dtype=query.dtype, device=query.device
+                ).zero_()
+                out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+                ints = partial(torch.zeros, dtype=torch.int32, device=q.device)
+                batch = DecodeBatch(
+                    ints(requests, width)[:, : block_table.shape[1]], ints(requests), ints(requests + 1),
+                    torch.full((tokens,), -1, dtype=torch.int64, device=q.device), ints(requests), tokens, m,
+                )  # fmt: skip
+                for layer in d.layers:
+                    self.decode(layer, q, k_cache, v_cache, index, batch, out, scale)
+        self.stats.copy_(before)
 
     # --------------------------------------------------------------------------------------------- references
     def reference_select(

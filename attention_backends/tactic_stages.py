@@ -6,7 +6,9 @@ from torch import Tensor
 
 from vllm_ext.attention_backends.stages import DecodeBatch, PageLists, Read, Row, Stages
 from vllm_ext.attention_backends.tactic import Tactic
+from vllm_ext.kernels import reference_clusters
 from vllm_ext.kernels.mass_select import MassBuffers, mass_select
+from vllm_ext.kernels.page_clusters import update_clusters
 from vllm_ext.kernels.reference import grouped
 from vllm_ext.kernels.reference_mass import select_mass
 from vllm_ext.kernels.sparse_decode import DecodeBuffers
@@ -16,6 +18,12 @@ class TacticStages(Stages):
     """Lists of a length that each step chooses, within fixed buffers."""
 
     method: Tactic
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a record of clusters, the centroids and counts."""
+        d, clusters = self.dims, self.method.clusters
+        return d.dtype.itemsize * clusters * (d.head_size + 1) if clusters else super().page_bytes
 
     def allocate(self) -> None:
         """Scores, masses and probes of every page, and the lists."""
@@ -34,7 +42,30 @@ class TacticStages(Stages):
             query, k_cache, index, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.always_dense,
             batch.slot_mapping, self.stats, self.mass, method.target, max_query_len=batch.max_query_len, scale=scale,
             dense_limit=method.dense_limit, capacity=method.capacity, sink=method.sink, local=method.local,
+            clusters=method.clusters, iterations=method.iterations,
         ))  # fmt: skip
+
+    def write_index(
+        self, layer: int, query: Tensor, k_cache: Tensor, v_cache: Tensor, index: Tensor | None, batch: DecodeBatch,
+        scale: float,
+    ) -> None:  # fmt: skip
+        """Mean keys, or clusters."""
+        method = self.method
+        if index is not None and method.clusters:
+            update_clusters(k_cache, index, batch.slot_mapping, method.clusters, method.iterations)
+        else:
+            super().write_index(layer, query, k_cache, v_cache, index, batch, scale)
+
+    def reference_index(
+        self, layer: int, query: Tensor, k_cache: Tensor, v_cache: Tensor, index: Tensor | None, batch: DecodeBatch,
+        scale: float,
+    ) -> None:  # fmt: skip
+        """`write_index` in plain torch."""
+        method = self.method
+        if index is not None and method.clusters:
+            reference_clusters.update(k_cache, index, batch.slot_mapping, method.clusters, method.iterations)
+        else:
+            super().reference_index(layer, query, k_cache, v_cache, index, batch, scale)
 
     def reference_select(
         self, layer: int, row: Row, q: Tensor, k_cache: Tensor, index: Tensor | None, scale: float
@@ -42,8 +73,11 @@ class TacticStages(Stages):
         """Lists of different lengths: the tails are -1."""
         method, page, heads = self.method, k_cache.shape[2], k_cache.shape[1]
         assert index is not None
-        means = index[row.pages].transpose(0, 1)[:, :, 0].float()
-        scores = grouped(q, heads) @ means.transpose(1, 2) * scale
+        records, rows = index[row.pages].transpose(0, 1), grouped(q, heads)
+        if method.clusters:
+            scores = reference_clusters.scores(rows, records, row.n // page, scale)
+        else:
+            scores = rows @ records[:, :, 0].float().transpose(1, 2) * scale
         ids, counts, probed, cut = select_mass(
             q, k_cache, scores, row.pages, row.n, scale, method.capacity, method.sink, method.local, method.target
         )

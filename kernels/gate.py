@@ -131,7 +131,7 @@ def _request_of(START, token, requests):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "requests"], do_not_specialize_on_alignment=["SEQ", "START", "SLOTS"])
 def _gate_step(
     Q, K, INDEX, WQ, WK, QN, KN, OUT, TABLE, GATE, SEQ, START, SLOTS, tiles, requests, q_tok, q_head, o_tok, o_head,
     k_page, k_head, k_tok, i_page, i_head, table_row, gate_row, eps,

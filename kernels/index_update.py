@@ -30,7 +30,8 @@ def page_record(
             tl.store(dst + rd, mean.to(INDEX.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+# Slots of prompt rows start anywhere in the step's slots.
+@triton.jit(do_not_specialize_on_alignment=["SLOTS"])
 def _update_index(
     K, INDEX, SLOTS, k_page, k_head, k_tok, i_page, i_head, KIND: tl.constexpr, P: tl.constexpr, D: tl.constexpr
 ):

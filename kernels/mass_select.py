@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_ext.kernels.index_update import page_record
+from vllm_ext.kernels.page_clusters import cluster_record, tile_clusters
 from vllm_ext.kernels.reference_mass import CENTRES, Mass
 from vllm_ext.kernels.score_select import (
     PROGRAMS,
@@ -33,11 +34,11 @@ _FIRST, _SECOND = (tl.constexpr(c) for c in CENTRES)
 @triton.jit
 def _row_scores(
     Q, K, INDEX, BT, SEQ, START, DENSE, SLOTS, SC, COUNTS, STATS,
-    scale, dense_limit, np_cap, bt_row, q_tok, q_head, k_page, k_head, k_tok, i_page, i_head,
+    scale, dense_limit, iterations, np_cap, bt_row, q_tok, q_head, k_page, k_head, k_tok, i_page, i_head,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr,
-    TILE: tl.constexpr, SC_ROWS: tl.constexpr,
+    TILE: tl.constexpr, SC_ROWS: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
-    """Mean-key logits of every page and row; dense requests get the count -1 and are counted."""
+    """Scores of every page and row, by mean key or clusters; dense requests get the count -1 and are counted."""
     pair = tl.program_id(0)
     worker = tl.program_id(1)
     r = pair // H
@@ -51,7 +52,12 @@ def _row_scores(
         for t in range(0, m):
             slot = tl.load(SLOTS + q0 + t).to(tl.int64)
             if slot >= 0 and slot % P == P - 1:
-                page_record(K, INDEX, slot // P, head, k_page, k_head, k_tok, i_page, i_head, 1, P, D)
+                if CLUSTERS > 0:
+                    cluster_record(
+                        K, INDEX, slot // P, head, k_page, k_head, k_tok, i_page, i_head, iterations, CLUSTERS, P, D
+                    )
+                else:
+                    page_record(K, INDEX, slot // P, head, k_page, k_head, k_tok, i_page, i_head, 1, P, D)
     if (n <= dense_limit) | (tl.load(DENSE + r) != 0):
         if worker == 0:
             tl.store(COUNTS + pair, -1)
@@ -65,9 +71,12 @@ def _row_scores(
     row = tl.arange(0, ROWS)
     SCP = SC + pair.to(tl.int64) * np_cap * SC_ROWS
     for tile in range(worker, tl.cdiv(count, TILE), tl.num_programs(1)):
-        x = _tile_indexed(
-            q, INDEX, BT + r * bt_row, tile, head, n, scale, 1.0, i_page, i_head, 1, P, D, DP, TILE
-        )  # fmt: skip
+        if CLUSTERS > 0:
+            x = tile_clusters(
+                q, INDEX, BT + r * bt_row, tile, head, n, scale, i_page, i_head, CLUSTERS, P, D, DP, ROWS, TILE
+            )
+        else:
+            x = _tile_indexed(q, INDEX, BT + r * bt_row, tile, head, n, scale, 1.0, i_page, i_head, 1, P, D, DP, TILE)
         page = tile * TILE + tl.arange(0, TILE)
         tl.store(SCP + row[:, None] * np_cap + page[None, :], x, mask=live[:, None] & (page < count)[None, :])
 
@@ -302,8 +311,15 @@ def mass_select(
     capacity: int,
     sink: int,
     local: int,
+    clusters: int = 0,
+    iterations: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill the lists of `buffers`; arguments and result as of `score_select`, `index` holds mean keys."""
+    """Fill the lists of `buffers`; arguments and result as of `score_select`.
+
+    Args:
+        clusters: of a page; `index` then holds the records of `page_clusters`, with 0 mean keys.
+        iterations: rounds of K-means for the pages that this step completes.
+    """
     requests, heads = seq_lens.shape[0], k_cache.shape[1]
     g, d = q.shape[1] // heads, q.shape[2]
     sc_rows, np_cap = buffers.scores.shape[2:]
@@ -311,9 +327,10 @@ def mass_select(
     workers = max(1, min(triton.cdiv(np_cap, TILE), PROGRAMS // (requests * heads)))
     _row_scores[(requests * heads, workers)](
         q, k_cache, index, block_table, seq_lens, query_start_loc, always_dense, slot_mapping, buffers.scores,
-        buffers.counts, stats, scale, dense_limit, np_cap, block_table.stride(0), q.stride(0), q.stride(1),
+        buffers.counts, stats, scale, dense_limit, iterations, np_cap, block_table.stride(0), q.stride(0), q.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), index.stride(0), index.stride(1),
-        H=heads, G=g, ROWS=padded_rows(max_query_len, g), D=d, DP=dp, P=page, TILE=TILE, SC_ROWS=sc_rows, num_warps=4,
+        H=heads, G=g, ROWS=padded_rows(max_query_len, g), D=d, DP=dp, P=page, TILE=TILE, SC_ROWS=sc_rows,
+        CLUSTERS=clusters, num_warps=4,
     )  # fmt: skip
     _mass_select[(requests * heads, max_query_len * g)](
         q, k_cache, block_table, seq_lens, query_start_loc, slot_mapping, buffers.scores, buffers.mass, buffers.probes,

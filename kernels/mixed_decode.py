@@ -1,9 +1,10 @@
 """One attention launch for heads that read every page and heads that read a list: equal work for every program.
 
-Specification: `reference_lychee.step`. The pages that all (request, KV head) pairs of the step have to read are laid
-end to end and cut into as many equal pieces as there are programs, on the device: a dense pair of 2,048 pages gets
-thirty-two times the programs of a list of 64. While a retrieval head's keys pass by, the largest logit of its mean
-query in each page is kept; whichever program finishes such a pair chooses its list for the layers behind.
+Specification: `step` and `attend` of `reference_lychee`. The pages that all (request, KV head) pairs of the step read
+are laid end to end and cut into as many equal pieces as there are programs, on the device: a dense pair of 2,048 pages
+gets thirty-two times the programs of a list of 64. While a retrieval head's keys pass by, the largest logit of its mean
+query in each page is kept; whichever program finishes such a pair chooses its list for the layers behind. Lists of
+first and last pages (`recent`) are worked out from the length: nothing is scored, kept or handed on.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ PROGRAMS = 132
 
 @triton.jit
 def _piece(
-    q, live, K, V, PAGES, SC, lo, hi, ahead, n, m, scale, choosing, k_page, k_head, k_tok, v_page, v_head, v_tok, head,
-    G: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SCORED: tl.constexpr,
+    q, live, K, V, PAGES, SC, lo, hi, ahead, sink, n, m, scale, choosing, k_page, k_head, k_tok, v_page, v_head, v_tok,
+    head, G: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SCORED: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over entries lo .. hi of a pair, base 2: (numerator [ROWS, DP], maximum, denominator [ROWS])."""
     rp = tl.arange(0, P)
@@ -37,7 +39,10 @@ def _piece(
     KH = K + head * k_head
     VH = V + head * v_head
     for j in range(lo, hi):
-        phys = tl.load(PAGES + j).to(tl.int64)
+        entry = j
+        if RECENT:
+            entry = j + tl.where(j >= sink, ahead, 0)
+        phys = tl.load(PAGES + entry).to(tl.int64)
         at = KH + phys * k_page + rp[None, :] * k_tok + rd[:, None]
         if D == DP:
             keys = tl.load(at)
@@ -110,13 +115,14 @@ def _count(STATS, read, n, pages, is_dense):
         tl.atomic_add(STATS + 4, 1, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _mixed_decode(
     Q, K, V, BT, SEQ, START, DENSE, SLOTS, ROLE, SC, IDS, PAGES, COUNTS, OUT, PO, PL, TICKET, STATS,
     scale, pairs, dense_limit, capacity, sink, local, np_cap, bt_row, q_tok, q_head, o_tok, o_head,
     k_page, k_head, k_tok, v_page, v_head, v_tok,
     H: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, MR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, CHUNK: tl.constexpr, SCORED: tl.constexpr,
+    RECENT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     every = tl.arange(0, PB)
@@ -127,7 +133,10 @@ def _mixed_decode(
     alive = known & (lens > 0) & (tl.load(START + request + 1, mask=known, other=0) > begin)
     whole = (lens <= dense_limit) | (tl.load(DENSE + request, mask=known, other=0) != 0)
     whole = whole | (tl.load(ROLE + every % H, mask=known, other=0) != 0)
-    listed = tl.load(COUNTS + every, mask=known & (whole == 0), other=0)
+    if RECENT:
+        listed = tl.minimum(tl.cdiv(lens, P), capacity)
+    else:
+        listed = tl.load(COUNTS + every, mask=known & (whole == 0), other=0)
     work = tl.where(alive, tl.where(whole, tl.cdiv(lens, P), listed), 0)
     ends = tl.cumsum(work, 0)
     total = tl.sum(work, 0)
@@ -150,18 +159,18 @@ def _mixed_decode(
         pages = tl.cdiv(n, P)
         SCP = SC + pair.to(tl.int64) * np_cap
         first = pair.to(tl.int64) * capacity
-        if is_list:
-            table = PAGES + first
-        else:
-            table = BT + r.to(tl.int64) * bt_row
+        table = BT + r.to(tl.int64) * bt_row
+        if not RECENT:  # noqa: SIM102 (a constant: the branch is not compiled otherwise)
+            if is_list:
+                table = PAGES + first
         if (at == start) & (tl.load(SLOTS + q0) >= 0):  # warm-up and capture runs are not counted
             _count(STATS, count * P - (pages * P - n), n, count, is_dense)
         q, live = query_rows(Q, q0, m, head, q_tok, q_head, G, ROWS, D, DP)
         lo = at - start
         hi = tl.minimum(stop, end) - start
         acc, top, den = _piece(
-            q, live, K, V, table, SCP, lo, hi, pages - count, n, m, scale, choosing,
-            k_page, k_head, k_tok, v_page, v_head, v_tok, head, G, ROWS, P, D, DP, SCORED,
+            q, live, K, V, table, SCP, lo, hi, pages - count, sink, n, m, scale, choosing,
+            k_page, k_head, k_tok, v_page, v_head, v_tok, head, G, ROWS, P, D, DP, SCORED, RECENT,
         )  # fmt: skip
         safe = tl.where(den > 0, den, 1.0)
         out = acc / safe[:, None]
@@ -232,12 +241,14 @@ def mixed_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
     always_dense: Tensor, slot_mapping: Tensor, role: Tensor, out: Tensor, buffers: MixedBuffers, *,
     max_query_len: int, scale: float, dense_limit: int, capacity: int, sink: int, local: int, choose: bool,
+    recent: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of one layer into `out` [T, Hq, D], and new lists for its retrieval heads; shapes as in `reference`.
 
     Args:
         role: [H] int32, nonzero = a retrieval head; the others read the lists in `buffers`.
-        choose: whether the layer has a retrieval head (a constant of the captured graph).
+        choose: whether retrieval heads write lists, for a layer that has one (a constant of the captured graph).
+        recent: the other heads read the first `sink` and the last pages, `capacity` in all, and no lists in `buffers`.
         max_query_len: most query tokens of a request; a constant of the captured graph.
     """
     requests, heads = seq_lens.shape[0], k_cache.shape[1]
@@ -254,6 +265,6 @@ def mixed_decode(
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         H=heads, G=g, ROWS=rows, MR=mr, D=d, DP=dp, P=page, PB=triton.next_power_of_2(requests * heads),
         NB=triton.next_power_of_2(max(np_cap, capacity)), CHUNK=max(1, 4096 // (mr * dp)), SCORED=choose,
-        num_warps=4, num_stages=stages_for(page, dp, rows),
+        RECENT=recent, num_warps=4, num_stages=stages_for(page, dp, rows),
     )  # fmt: skip
     return out

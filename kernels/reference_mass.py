@@ -1,9 +1,9 @@
 """Plain-PyTorch specification of `mass_select`: the fewest pages that hold a given attention mass (Tactic, section 4).
 
-Shapes as in `reference`. For each query row the pages that are not forced are ranked by the logit of their mean key.
-Exact masses of the forced pages, of the first ranks and of two short segments further down give, with a fit a / x + b,
-the mass of every rank; the row keeps the shortest prefix that reaches the target. The rows of a KV head share the
-union.
+Shapes as in `reference`. For each query row the pages that are not forced are ranked: by the logit of their mean key,
+or by the mass that their clusters promise (`reference_clusters`). Exact masses of the forced pages, of the first ranks
+and of two short segments further down give, with a fit a / x + b, the mass of every rank; the row keeps the shortest
+prefix that reaches the target. The rows of a KV head share the union.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def select_mass(
     q: Tensor, k_cache: Tensor, scores: Tensor, pages: Tensor, n: int, scale: float, capacity: int, sink: int,
     local: int, target: Mass,
 ) -> tuple[Tensor, Tensor, int, int]:  # fmt: skip
-    """Lists of one request: q [m, Hq, D], scores [H, rows, N] (logits of mean keys).
+    """Lists of one request: q [m, Hq, D], scores [H, rows, N], which rank the pages.
 
     Returns:
         ids [H, C] int32 ascending, tail -1; counts [H]; pages probed, summed over rows; lists that `capacity` cut.

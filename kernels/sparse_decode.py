@@ -7,6 +7,7 @@ does not depend on timing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from vllm_ext.kernels.score_select import padded_rows, query_rows
 
-MAX_SPLITS = 32
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Few values: each is a constant of its own compiled kernel."""
+MAX_SPLITS = SPLITS[-1]
 
 
 @triton.jit
@@ -161,7 +164,7 @@ def _sparse_decode(
 
 def splits_for(pairs: int, programs: int = 132) -> int:
     """Splits of one request and head: about one deeply pipelined program for each of the 132 SMs of an H100."""
-    return min(MAX_SPLITS, max(1, round(programs / max(1, pairs))))
+    return min(SPLITS, key=lambda n: abs(math.log(n * max(1, pairs) / programs)))
 
 
 def stages_for(page: int, dp: int, rows: int) -> int:

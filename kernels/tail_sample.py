@@ -144,7 +144,7 @@ def _pilot_draws(tail, pilot, rate):
     return tl.minimum(tail, tl.maximum(pilot, tl.ceil(rate * tail.to(tl.float32)).to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "layer", "first_head"])
 def _pilot(
     Q, K, V, BT, SEQ, START, SLOTS, IDS, COUNTS, OUT, LSE, PO, PL, PM, B, TICKET, STATS,
     scale, seed, layer, first_head, pilot, rate, factor, cap, capacity, bt_row, q_tok, q_head, o_tok, o_head,
@@ -223,7 +223,7 @@ def _pilot(
             tl.atomic_add(STATS + 7, (final < b).to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "layer", "first_head"])
 def _rest(
     Q, K, V, BT, SEQ, START, IDS, COUNTS, OUT, LSE, PO, PL, B, TICKET,
     scale, seed, layer, first_head, pilot, rate, capacity, bt_row, q_tok, q_head, o_tok, o_head,

@@ -53,7 +53,7 @@ def _write_record(
         tl.store(dst + 4 * D, coarse.to(INDEX.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["BT", "SEQ", "START"])
 def _update_windows(
     K, INDEX, BT, SEQ, START, bt_row, k_page, k_head, k_tok, i_page, i_head, P: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip

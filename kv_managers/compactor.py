@@ -73,6 +73,7 @@ class Compactor:
         self.free_rings = list(range(ring_slots))
         self.totals = Totals()
         self.grams: dict[int, Tensor] = {}
+        self.one_shot = self.method.trigger == "prefill_end"
 
     def begin(self, row: Row, blocks: Callable[[], Tensor]) -> int:
         """Evict for one row if it is due; returns its first resident slot.
@@ -112,11 +113,12 @@ class Compactor:
     def record_range(self, row: Row) -> tuple[int, int, int]:
         """Which tokens of a row to record: (ring slot, first position, end); an empty range if none.
 
-        Those are the last `window` tokens before the next eviction.
+        Those are the last `window` tokens before the next eviction; of a one-shot method, of the prompt.
         """
         request = self.requests[row.request]
-        first = max(row.before, max(row.after, request.due) - self.method.window)
-        if first >= row.after:
+        last = request.due if self.one_shot else max(row.after, request.due)
+        first, end = max(row.before, last - self.method.window), min(row.after, last)
+        if first >= end:
             return -1, 0, 0
         if request.ring < 0:
             if not self.free_rings:
@@ -124,9 +126,11 @@ class Compactor:
             if not self.free_rings:
                 raise RuntimeError("vllm-ext: more requests await an eviction than planned; lower --max-num-seqs.")
             request.ring = self.free_rings.pop()
-        return request.ring, first, row.after
+        return request.ring, first, end
 
     def _evict(self, request: Request, row: Row, blocks: Tensor) -> None:
+        if self.one_shot:  # tokens that were generated before a preemption do not judge the prompt
+            row = row._replace(before=row.prompt)
         boundary = self.counts.boundary(row.before, row.prompt)
         kept = self.counts.kept(row.prompt)
         n, chosen = row.before - request.start, boundary - request.start
@@ -137,7 +141,7 @@ class Compactor:
             request.positions = positions.gather(-1, survivors)
         self.totals.blocks_freed += (boundary - kept - request.start) // self.method.block_size
         request.start = boundary - kept
-        request.due = NEVER if self.method.trigger == "prefill_end" else boundary + self.method.stride
+        request.due = NEVER if self.one_shot else boundary + self.method.stride
         if request.ring >= 0:
             self.free_rings.append(request.ring)
             request.ring = -1

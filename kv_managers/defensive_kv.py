@@ -40,6 +40,9 @@ class DefensiveKV(KVMethod):
     )  # fmt: skip
     mass: float = option(0.9, "share of the attention that the first stage covers", minimum=0, maximum=1)
 
+    def keeps_grams(self) -> bool:
+        return self.norm == "l2"
+
     def score(self, view: KVView) -> Tensor:
         import torch
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.kv_managers.trim_gates import FINGERPRINT, fingerprint
+from vllm_ext.kv_managers.trim_gates import check_fingerprint
 from vllm_ext.options import ConfigError
 
 FORMAT = "vllm-ext layer shares 1"
@@ -41,12 +41,7 @@ class LayerProfile:
 
     def check_model(self, config: Any) -> None:
         """Raise ConfigError if the profile was measured on another model."""
-        here = fingerprint(config)
-        wrong = [f"{k} {self.model.get(k)} (model: {here[k]})" for k in FINGERPRINT if self.model.get(k) != here[k]]
-        if wrong:
-            raise ConfigError(
-                f"{OPTION} was measured on another model: {', '.join(wrong)}; make one with `vllm-ext train layers`."
-            )
+        check_fingerprint(self.model, config, f"{OPTION} was measured on", "make one with `vllm-ext train layers`")
 
     def save(self, path: Path) -> None:
         """Write the file."""

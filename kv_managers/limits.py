@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_ext.decoder import check_decoder
+from vllm_ext.kv_managers import memory
 from vllm_ext.kv_managers.counts import Counts
 from vllm_ext.kv_managers.method import KVMethod
 from vllm_ext.options import ConfigError
@@ -131,8 +132,14 @@ def banner(method: KVMethod, cfg: VllmConfig) -> dict[str, str]:
     rows = {
         "keeps": f"{what} per KV head and layer (scope {method.scope})",
         "evicts": when,
-        "memory": f"at most {peak} tokens a request at once, {kept} after an eviction of {longest}",
+        "memory": f"at most {peak} tokens ({peak * memory.token_bytes(cfg) / 2**20:.0f} MiB) a request at once, "
+        f"{kept} after an eviction of {longest}",
     }
+    if not any((c.first_event(longest) or longest + 1) <= longest for c in counts):
+        rows["evicts"] = f"nothing: no request of --max-model-len {longest} outgrows the budget"
+        rows["memory"] = f"at most {peak} tokens ({peak * memory.token_bytes(cfg) / 2**20:.0f} MiB) a request at once"
+    if beside := memory.text(method, cfg):
+        rows["beside it"] = f"{beside}; taken off the KV memory"
     if method.needs_queries:
         rows["query window"] = f"{window_bytes(method, cfg) / 2**20:.0f} MiB (falls with --max-num-seqs)"
     if cfg.cache_config.enable_prefix_caching:

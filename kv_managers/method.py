@@ -67,6 +67,12 @@ class KVMethod:
             )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ConfigError(f"{name}.ratio must be above 0 and at most 1, got {self.ratio}.")
+        default = next(f.default for f in dataclasses.fields(self) if f.name == "ratio")
+        if self.budget is not None and self.ratio not in (None, default):
+            raise ConfigError(
+                f"{name} takes a budget or a ratio, but {name}.budget is {self.budget} and {name}.ratio {self.ratio}; "
+                "set one of them to null."
+            )
         if self.trigger == "streaming" and self.budget is None:
             raise ConfigError(
                 f"{name} evicts inside the prompt and needs a fixed {name}.budget in tokens, not a ratio."
@@ -98,6 +104,20 @@ class KVMethod:
         tokens = max(int(self.ratio * prompt), self.sinks + self.window)
         return -(-tokens // self.block_size) * self.block_size
 
+    def keeps_grams(self) -> bool:
+        """Whether `score` reads `view.output_gram`, which stays in memory."""
+        return self.needs_output_weight
+
+    def plan(self) -> str:
+        """Tokens of a request that are resident, for `vllm-ext list`."""
+        kept = f"{self.ratio:.0%} of the prompt" if self.budget is None else f"{self.budget} tokens"
+        if self.trigger == "prefill_end":
+            return f"the whole prompt until it ends, then {kept} and what is generated"
+        most = f"{kept}, up to {self.stride} more between evictions"
+        if self.trigger == "decode":
+            return f"the whole prompt until it ends, then {most}"
+        return f"{most}, and the tokens of steps in flight; never the whole prompt"
+
     def layer_shares(self, layers: int) -> list[float]:
         """Budget of each of `layers` layers relative to `budget_for`; layers of one share form a KV-cache group.
 
@@ -122,9 +142,10 @@ class KVMethod:
 
     def attach(self, worker: Any) -> None:
         """Called once in every worker, before its model is built: the model runner knows the requests."""
-        from vllm_ext.kv_managers import rows, warm_up
+        from vllm_ext.kv_managers import memory, rows, warm_up
 
         rows.bind(worker)
+        memory.attach(self, worker)
         warm_up.attach(worker)
 
     def check(self, vllm_config: Any) -> None:

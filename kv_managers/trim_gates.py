@@ -122,12 +122,21 @@ def shipped(config: Any) -> Path:
     )
 
 
+def check_fingerprint(model: Mapping[str, Any], config: Any, what: str, remedy: str) -> None:
+    """Raise ConfigError if `model`, a file's fingerprint, is not that of this configuration.
+
+    Args:
+        what: beginning of the sentence, "<option> was trained on".
+        remedy: its end.
+    """
+    here = fingerprint(config)
+    wrong = [f"{k} {model.get(k)} (model: {here[k]})" for k in FINGERPRINT if model.get(k) != here[k]]
+    if wrong:
+        raise ConfigError(f"{what} another model: {', '.join(wrong)}; {remedy}.")
+
+
 def check_model(gates: TrimGates, config: Any, option: str = "trim_kv.gates") -> None:
     """Raise ConfigError if the gates were trained on another model than the one of this configuration."""
-    here = fingerprint(config)
-    wrong = [f"{k} {gates.model.get(k)} (model: {here[k]})" for k in FINGERPRINT if gates.model.get(k) != here[k]]
-    if wrong:
-        raise ConfigError(
-            f"{option} was trained on another model: {', '.join(wrong)}; train gates for this one with "
-            "`vllm-ext train trim`."
-        )
+    check_fingerprint(
+        gates.model, config, f"{option} was trained on", "train gates for this one with `vllm-ext train trim`"
+    )

@@ -20,12 +20,21 @@ class Cast(LengthMethod):
     name: ClassVar[str] = "cast"
 
     table: str = option("", "file that `vllm-ext bench cost-table` wrote for this device, model and drafter")
+    scope: str = option(
+        "batch",
+        "batch: one draft count a step, which keeps it a FULL graph; request: each request its own, 0 among them",
+        choices=("batch", "request"),
+    )
     margin: float = option(
         1.02, "how much faster than no drafting a length must be expected to be", minimum=1, maximum=2
     )
     probing: float = option(
         0.01, "share of the time that drafts may take while they do not pay", minimum=0, maximum=0.1
     )
+
+    @property
+    def uniform(self) -> bool:
+        return self.scope == "batch"
 
     def check(self, vllm_config: Any) -> None:
         super().check(vllm_config)

@@ -149,7 +149,7 @@ class CastPolicy:
     Args:
         table: measured times.
         margin: see `uniform_length`.
-        probing: share of the time that may go into drafts while drafting does not pay, to notice when it does again.
+        probing: share of the time that may go into drafts that do not pay, to notice when they do again.
     """
 
     def __init__(self, table: CostTable, margin: float, probing: float) -> None:
@@ -160,7 +160,7 @@ class CastPolicy:
         """Time saved up for the next probe, in steps."""
 
     def choose(self, known: LengthInput) -> np.ndarray:
-        """[B] int64 drafts of each request, each one of `known.choices`."""
+        """[B] int64 drafts of each request; if uniform, one of `known.choices`."""
         requests, k = known.survival.shape
         if requests == 0:
             return np.zeros(0, dtype=np.int64)
@@ -173,19 +173,20 @@ class CastPolicy:
             length = uniform_length(known.survival, barred, self.margin)
             lengths = np.full(requests, length, dtype=np.int64)
         else:
-            lengths = ragged_lengths(known.survival, seconds, self.margin)
-            lengths = choices[np.searchsorted(choices, lengths, side="right") - 1]
-        if not lengths.any() and len(choices) > 1:
-            lengths[:] = self._probe(int(choices[1]), seconds)
+            lengths = np.minimum(ragged_lengths(known.survival, seconds, self.margin), choices[-1])
+        if len(choices) > 1 and not lengths.all():
+            lengths = self._probe(lengths, int(choices[1]), seconds)
         return lengths
 
-    def _probe(self, length: int, seconds: np.ndarray) -> int:
-        """`length` as soon as the steps without drafts have paid for it, else 0."""
+    def _probe(self, lengths: np.ndarray, least: int, seconds: np.ndarray) -> np.ndarray:
+        """`least` drafts for the requests without any, as soon as earlier steps have saved up their time."""
+        tried = np.where(lengths == 0, least, lengths)
+        before, after = np.interp([lengths.mean(), tried.mean()], np.arange(len(seconds)), seconds)
         self.debt += self.probing
-        if self.debt * seconds[0] < seconds[length] - seconds[0]:
-            return 0
+        if self.debt * before < after - before:
+            return lengths
         self.debt = 0.0
-        return length
+        return tried
 
     def observe(self, drafted: np.ndarray, accepted: np.ndarray, seconds: float) -> None:
         """Nothing: times are those of the table, survival comes with every step."""

@@ -61,7 +61,7 @@ class HedgeSpec(DrafterMethod):
         return self._draft_model().speculative_config(runner) if self.model else super().speculative_config(runner)
 
     def early(self, engine_args: Any) -> None:
-        """Checks of the draft model, see `DraftModel.early`.
+        """Refuse a draft model as `DraftModel.early` does, and under V1.
 
         Raises:
             ConfigError: one sentence.
@@ -70,7 +70,11 @@ class HedgeSpec(DrafterMethod):
             return
         if carrier.runner() == "v1":
             raise ConfigError("hedge_spec.model needs model runner V2; leave it out under V1.")
-        self._draft_model().early(engine_args)
+        from vllm_ext.spec_decode.limits import check_mask_token, check_vocabulary
+
+        check_vocabulary(self.name, str(engine_args.model), self.model)
+        if self.parallel:
+            check_mask_token(self.name, self.model)
 
     def speculator(self, vllm_config: Any, device: Any, req_states: Any) -> Any:
         if not self.model:

@@ -55,7 +55,8 @@ def _check_drafter(method: DrafterMethod, cfg: VllmConfig, runner: str) -> None:
             f"{cfg.speculative_config.method}, needed {wanted}); set VLLM_USE_V2_MODEL_RUNNER={int(runner == 'v2')}."
         )
     masks = cfg.scheduler_config.max_num_seqs * (method.num_speculative_tokens - 1)
-    if method.name in ("pard", "hybrid") and masks > cfg.scheduler_config.max_num_batched_tokens:
+    parallel = method.name == "pard" or (getattr(method, "parallel", False) and getattr(method, "model", ""))
+    if parallel and masks > cfg.scheduler_config.max_num_batched_tokens:
         _fail(
             f"{method.name}.num_speculative_tokens needs {masks} mask tokens a step, more than "
             f"--max-num-batched-tokens {cfg.scheduler_config.max_num_batched_tokens}; raise it or lower --max-num-seqs."

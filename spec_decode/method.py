@@ -73,8 +73,13 @@ class LengthMethod(SpecMethod):
     part: ClassVar[Literal["length"]] = "length"
 
     lengths: tuple[int, ...] = option(
-        [0, 2, 4, 8], "draft counts to choose from, each captured as a graph; 0 is always one", unit="tokens", minimum=0
+        [0, 2, 4, 7], "draft counts to choose from, each captured as a graph; 0 is always one", unit="tokens", minimum=0
     )
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all requests of a step get the same draft count."""
+        return True
 
     def choices(self, most: int) -> tuple[int, ...]:
         """The draft counts to choose from, for a drafter of at most `most`; ascending, 0 among them."""
@@ -106,8 +111,9 @@ class DrafterMethod(SpecMethod):
     runners: ClassVar[tuple[str, ...]] = ("v1", "v2")
 
     num_speculative_tokens: int = option(
-        8, "most tokens drafted for a request in a step", unit="tokens", minimum=1, maximum=32
+        7, "most tokens drafted for a request in a step", unit="tokens", minimum=1, maximum=32
     )
+    """Seven drafts and the verified token are the eight query rows that the sparse attention kernels take."""
 
     def engine_args(self) -> dict[str, Any]:
         """The speculative_config that carries this drafter on the model runner that vLLM will use here."""

@@ -126,7 +126,7 @@ class LengthPolicy(Protocol):
     """How many drafts each request gets in the next step."""
 
     def choose(self, known: LengthInput) -> np.ndarray:
-        """[B] int64, each one of `known.choices`."""
+        """[B] int64: if `known.uniform` all the same, one of `known.choices`; else up to the largest of them."""
         ...
 
     def observe(self, drafted: np.ndarray, accepted: np.ndarray, seconds: float) -> None:

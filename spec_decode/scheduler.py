@@ -17,7 +17,7 @@ _Base: Any = object
 
 
 class _Speculation(_Base):
-    """Asks the length policy once a step; one draft count for the whole batch, so that the step stays a full graph."""
+    """Asks the length policy once a step: one draft count for the whole batch, or one for each request."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,6 +26,8 @@ class _Speculation(_Base):
         if method is None or not self.num_spec_tokens:
             return
         self.spec_policy = method.policy(config)
+        self.spec_uniform = method.uniform
+        self.spec_lengths: dict[str, int] = {}
         self.spec_choices = method.choices(self.num_spec_tokens)
         self.spec_history = AcceptanceHistory(self.num_spec_tokens)
         self.spec_outcomes: list[tuple[int, int]] = []
@@ -33,7 +35,7 @@ class _Speculation(_Base):
         self.dynamic_sd_lookup = self  # asked `[batch size]` once a step
 
     def __getitem__(self, batch_size: int) -> int:
-        """Drafts that each request of the step's batch gets next."""
+        """Drafts that this step makes for each of its requests; where counts differ, the most of them."""
         running = [r for r in self.running if not r.is_prefill_chunk]
         if not running:
             return self.spec_choices[-1]
@@ -41,9 +43,21 @@ class _Speculation(_Base):
             survival=self.spec_history.survival([r.request_id for r in running]),
             context=np.fromiter((r.num_computed_tokens for r in running), np.int64, len(running)),
             choices=self.spec_choices,
-            uniform=True,
+            uniform=self.spec_uniform,
         )
-        return int(self.spec_policy.choose(known).max())
+        lengths = self.spec_policy.choose(known)
+        if not self.spec_uniform:
+            self.spec_lengths = {r.request_id: int(n) for r, n in zip(running, lengths)}
+        return min(n for n in self.spec_choices if n >= lengths.max())
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; of the drafts that the last step made, each request keeps as many as were chosen for it."""
+        lengths: dict[str, int] = getattr(self, "spec_lengths", {})
+        for request in self.running if lengths else ():
+            keep = lengths.get(request.request_id)
+            if keep is not None and len(request.spec_token_ids) > keep:
+                request.spec_token_ids = request.spec_token_ids[:keep]
+        return super().schedule(*args, **kwargs)
 
     def make_spec_decoding_stats(
         self,

@@ -81,7 +81,7 @@ def results_tables() -> str:
     """Every record under docs/results as a table."""
     from vllm_ext import results
 
-    return results.tables(ROOT / "docs" / "results", ROOT)
+    return results.tables(ROOT / "docs" / "results", ROOT / "docs")
 
 
 def plugin_pages() -> str:
@@ -153,8 +153,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "metrics": metrics_table,
         "compatibility": compatibility_table,
         "conflicts": conflicts_table,
-        "results": results_tables,
     },
+    "docs/results.md": {"results": results_tables},
     "docs/plugins.md": {"plugins": plugin_pages},
     "docs/moe.md": {"compatibility": moe_compatibility_table},
     "docs/adding-a-method.md": {"quest": quest_source, "methods": methods_table},

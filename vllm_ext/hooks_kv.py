@@ -46,6 +46,7 @@ ROWS: tuple[Hook, ...] = (
     row(sets, "vllm.v1.worker.gpu_model_runner:GPUModelRunner", "requests of runner V1", ["input_batch", "requests"]),
     row(sets, "vllm.v1.worker.gpu_input_batch:InputBatch", "the same", ["num_prompt_tokens"]),
     row(takes, "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model", "output projections"),
+    row(takes, "vllm.v1.worker.gpu_worker:Worker.determine_available_memory", "memory left for the cache", []),
     row(takes, "vllm.utils.math_utils:cdiv", "blocks of tokens", ["a", "b"]),
     row(has, "vllm.config:VllmConfig", "tokens in flight", ["max_in_flight_tokens", "device_config"]),
 )

@@ -37,7 +37,7 @@ ROWS: tuple[Hook, ...] = (
         "what a model's own routing does",
         [
             *("renormalize", "use_grouped_topk", "custom_routing_function", "routed_scaling_factor"),
-            *("e_score_correction_bias", "quant_method"),
+            *("e_score_correction_bias", "quant_method", "scoring_func", "moe_config"),
         ],
     ),
     row(
@@ -46,7 +46,8 @@ ROWS: tuple[Hook, ...] = (
         "what plugins are told of a layer",
         [
             *("num_logical_experts", "experts_per_token", "hidden_dim", "intermediate_size_per_partition", "in_dtype"),
-            *("device", "max_num_tokens", "activation", "has_bias", "swiglu_limit"),
+            *("device", "max_num_tokens", "activation", "has_bias", "swiglu_limit", "has_hash_routing"),
+            *("num_experts", "ep_size"),
         ],
     ),
     row(has, f"{_MOE}.activation:MoEActivation", "other activations are refused", ["SILU"]),

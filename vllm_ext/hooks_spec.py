@@ -92,5 +92,7 @@ ROWS: tuple[Hook, ...] = (
         ["num_draft_tokens", "num_accepted_tokens", "num_invalid_spec_tokens", "request_id"],
     ),
     row(sets, _SCHEDULER, "draft lengths", ["dynamic_sd_lookup", "num_spec_tokens"]),
+    row(takes, f"{_SCHEDULER}.schedule", "draft lengths of requests", ["throttle_prefills"]),
+    row(sets, "vllm.v1.request:Request", "drafts that wait to be verified", ["spec_token_ids", "is_prefill_chunk"]),
     row(takes, "vllm.v1.core.sched.async_scheduler:AsyncScheduler", "the same under asynchronous scheduling"),
 )

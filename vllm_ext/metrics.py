@@ -107,9 +107,7 @@ class _Sink:
             return
         self._parts[group] = totals
         columns = list(zip(*self._parts.values()))
-        merged = [
-            max(c) * self._steps if name.endswith("_steps") else sum(c) for name, c in zip(NAMES, columns)
-        ]
+        merged = [max(c) * self._steps if name.endswith("_steps") else sum(c) for name, c in zip(NAMES, columns)]
         before, self._last = self._last, merged
         if self._prometheus is not None:
             for counter, new, old in zip(self._prometheus, merged, before):

@@ -134,7 +134,7 @@ def wrong_records(llm: Any) -> tuple[list[str], int]:
     """Compare every index record with the one rebuilt from the page's keys: (what differs, pages compared)."""
     from vllm_ext.attention_backends.cpu_backend import cache_views
     from vllm_ext.attention_backends.support import index_view
-    from vllm_ext.kernels import reference
+    from vllm_ext.kernels import reference, reference_clusters
 
     pages = complete_pages(llm)
     wrong = []
@@ -143,7 +143,11 @@ def wrong_records(llm: Any) -> tuple[list[str], int]:
         keys, _ = cache_views(cache)
         index = index_view(cache, method, layer.impl.head_size)
         assert index is not None
-        same = (index[pages] == reference.index_record(keys[pages], method.index)).flatten(1).all(1)
+        if getattr(method, "clusters", 0):
+            rebuilt = reference_clusters.record(keys[pages], method.clusters, method.iterations)
+        else:
+            rebuilt = reference.index_record(keys[pages], method.index)
+        same = (index[pages] == rebuilt).flatten(1).all(1)
         wrong += [f"{name}: page {page}" for page, ok in zip(pages, same.tolist()) if not ok]
         assert torch.isfinite(index[pages]).all()
     return wrong, len(pages)

@@ -8,6 +8,7 @@ import pytest
 
 from vllm_ext import catalogue
 from vllm_ext.attention_backends.hosted import HOSTS
+from vllm_ext.kernels.page_clusters import MOST
 from vllm_ext.options import ConfigError, build
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -24,6 +25,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gate": ("resa", {"gate": 2.0}, r"resa\.gate must be at most 1"),
     "mass 0": ("tactic", {"mass": 0}, r"tactic\.mass must be above 0"),
     "mass above 1": ("tactic", {"mass": 1.1}, r"tactic\.mass must be at most 1"),
+    "centroids": ("tactic", {"centroids": "median"}, r"tactic\.centroids must be one of page_mean, kmeans"),
+    "one cluster": (
+        "tactic",
+        {"centroids": "kmeans", "page_size": 16},
+        r"tactic\.centroids is kmeans, but pages of 16 hold no two clusters of 16; raise page_size or lower",
+    ),
+    "iterations": ("tactic", {"iterations": 0}, r"tactic\.iterations must be at least 1"),
+    "others": ("lychee", {"others": "none"}, r"lychee\.others must be one of carried, recent"),
 }
 
 
@@ -44,6 +53,16 @@ def test_hosts_get_the_shared_options(name: str, host: str) -> None:
     assert (inner.budget, inner.sink, inner.dense_limit) == (2048, 2, 100)
     assert method.record_elements(64) == inner.record_elements(64)
     assert method.engine_args()["block_size"] == inner.page_size
+
+
+def test_clusters_of_a_page() -> None:
+    """Average cluster size 16 as in the paper; a row for each cluster and one for their counts."""
+    cls = catalogue.get("tactic").cls()
+    assert build(cls, "tactic", {}).record_elements(128) == 128
+    four = build(cls, "tactic", {"centroids": "kmeans"})
+    assert (four.clusters, four.record_elements(128)) == (4, 5 * 128)
+    most = build(cls, "tactic", {"centroids": "kmeans", "page_size": 128, "cluster_size": 8})
+    assert most.clusters == MOST
 
 
 def test_smaller_errors_need_more_draws() -> None:

@@ -175,11 +175,12 @@ def wrong_gate_records(llm: Any) -> tuple[int, int]:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["seer", "lychee"])
+@pytest.mark.parametrize("name", ["seer", "lychee", "lychee recent"])
 def test_room_for_every_page_is_stock(tiny_model: Path, stock: list[list[int]], name: str) -> None:
     """Chunked prefill, mixed batches, prefix hits, preemption: the same tokens."""
-    options = COVERING | {"dense_layers": []} | FILES[name]
-    with start(tiny_model, {name: options}, num_gpu_blocks_override=60) as llm:
+    plugin, _, others = name.partition(" ")
+    options = COVERING | {"dense_layers": []} | FILES[plugin] | ({"others": others} if others else {})
+    with start(tiny_model, {plugin: options}, num_gpu_blocks_override=60) as llm:
         assert generate(llm, prompts(), 40) == stock
         assert generate(llm, prompts()[::-1], 40) == stock[::-1]
         stats = counters(llm)

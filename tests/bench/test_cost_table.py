@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--drafts", "2", "--drafts", "4"], "--drafts must hold 0"),
         (["--drafts", "0"], "--drafts must hold 0"),
-        (["--drafts", "0", "--drafts", "16"], "suffix_automaton.num_speculative_tokens is 8"),
+        (["--drafts", "0", "--drafts", "16"], "suffix_automaton.num_speculative_tokens is 7"),
         (["--batch", "8", "--batch", "1"], "--batch must be different ascending numbers"),
         (["--context", "0"], "--context must be different ascending numbers"),
         (["--drafter", "suffix_automaten"], "did you mean 'suffix_automaton'"),

@@ -58,7 +58,8 @@ def test_dense_against_dense(model, tmp_path, monkeypatch, capsys, extra):
     questions = steps.pop("niah")
     assert questions >= 3 * 11
     assert steps == {"kl": 27, "ppl": 27, "gen": 3 * 19}
-    assert all(0.3 < sparse[task][0]["read"]["density"] < 0.4 for task in ("niah", "kl", "gen"))
+    densities = {task: sparse[task][0]["read"]["density"] for task in ("niah", "kl", "gen")}
+    assert all(0.25 < x < 0.45 for x in densities.values()), densities
     assert (out / "eval.png").stat().st_size > 5000
     shown = capsys.readouterr().out
     assert "perplexity" in shown

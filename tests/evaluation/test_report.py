@@ -43,7 +43,8 @@ def test_a_row_without_the_law_of_its_draws_has_no_divergence():
 
 def test_terminal_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    assert report.read_table(RESULTS[:1]) is None
-    assert [list(c.cells) for c in report.read_table(RESULTS).columns[-2:]] == [["31.2%"] * 2, ["35.0%"] * 2]
-    assert report.table(RESULTS).row_count == 2
+    assert [t.title.split()[0] for t in report.tables(RESULTS[:1])] == ["gen"]
+    ppl, gen, read = report.tables(RESULTS)
+    assert (ppl.row_count, gen.row_count) == (1, 2)
+    assert [list(c.cells) for c in read.columns[-2:]] == [["31.2%"] * 2, ["35.0%"] * 2]
     assert report.plot(RESULTS, tmp_path / "x.png").stat().st_size > 5000

@@ -28,12 +28,12 @@ HEADS, GROUP, SIZE, PAGE = 8, 4, 128, 64
 LENS, QUERIES = [4100, 9000, 700, 64 * 70], [1, 1, 1, 1]
 
 
-def stages(name: str, layers: int) -> Stages:
+def stages(name: str, layers: int, **options: Any) -> Stages:
     common = {"budget": 1024, "dense_below": 1000, "page_size": PAGE}
     if name == "seer":
         method: Any = Seer(gates=gates(layers, HEADS, GROUP, SIZE, SIZE, PAGE), **common)
     else:
-        method = Lychee(roles=roles(layers, HEADS, GROUP, SIZE, 8), **common)
+        method = Lychee(roles=roles(layers, HEADS, GROUP, SIZE, 8), **common, **options)
     dims = StageDims(
         HEADS * GROUP, HEADS, SIZE, len(LENS), 16384, 1, "cuda", torch.bfloat16, tuple(range(layers))
     )  # fmt: skip
@@ -103,6 +103,16 @@ def test_mixed_launch_in_bf16() -> None:
     assert s.stats.tolist() == want.stats.tolist()
 
 
+def test_first_and_last_pages_in_bf16() -> None:
+    """Layer 0 of the static split has retrieval heads alone, layer 1 one of eight."""
+    s, want = (stages("lychee", 2, others="recent") for _ in range(2))
+    s.allocate()
+    for layer in range(2):
+        p = make(LENS, QUERIES, HEADS, GROUP, SIZE, PAGE, torch.bfloat16, seed=layer)
+        assert relative(step(s, layer, p, True), step(want, layer, p, False)) < 2e-2
+    assert s.stats.tolist() == want.stats.tolist()
+
+
 @pytest.mark.parametrize("name", ["seer", "lychee"])
 def test_a_graph_replays_for_other_lengths(name: str) -> None:
     """Captured once; replayed with shorter and longer requests it gives what an eager step gives."""
@@ -133,9 +143,13 @@ def stock(smollm2_dir: str) -> dict[str, Any]:
     return run(smollm2_dir, {}, prompts())
 
 
-@pytest.mark.parametrize("name", ["seer", "lychee"])
+ROWS: dict[str, dict[str, Any]] = {"seer": {}, "lychee": {}, "lychee recent": {"others": "recent"}}
+"""A further row of a method has a word behind the name."""
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_room_for_every_key_is_stock(smollm2_dir: str, stock: dict[str, Any], name: str) -> None:
-    found = run(smollm2_dir, {name: COVERING}, prompts(), **GRAPHS)
+    found = run(smollm2_dir, {name.split()[0]: COVERING | ROWS[name]}, prompts(), **GRAPHS)
     assert "FULL" in found["mode"]
     assert not differences(stock, found, 0)
     assert not differences(stock, found, 1)
@@ -144,10 +158,10 @@ def test_room_for_every_key_is_stock(smollm2_dir: str, stock: dict[str, Any], na
     assert pages > 0
 
 
-@pytest.mark.parametrize("name", ["seer", "lychee"])
+@pytest.mark.parametrize("name", ROWS)
 def test_sparse_lists_in_graphs(smollm2_dir: str, stock: dict[str, Any], name: str) -> None:
     """Prompts are exact, so first tokens are stock's; most texts are, with trained files."""
-    found = run(smollm2_dir, {name: SPARSE}, prompts(), **GRAPHS)
+    found = run(smollm2_dir, {name.split()[0]: SPARSE | ROWS[name]}, prompts(), **GRAPHS)
     first = [[t[0] for t in x["tokens"][0]] for x in (found, stock)]
     assert sum(a == b for a, b in zip(*first)) >= len(LENGTHS) - 1
     read, visible, scored, pages, *_ = found["stats"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from paged import DEVICE, Paged, fill_index, make
 
-from vllm_ext.kernels import reference_mass
+from vllm_ext.kernels import reference_clusters, reference_mass
 from vllm_ext.kernels.reference import grouped
 from vllm_ext.kernels.reference_mass import Mass
 
@@ -46,10 +46,21 @@ def peaked(p: Paged, seed: int = 0) -> None:
     p.k_cache.add_((strength * mean[None])[:, :, None].to(p.k_cache.dtype))
 
 
-def lists(p: Paged, r: int, capacity: int, target: Mass):
-    n, rows = p.lens[r], slice(p.starts[r], p.starts[r + 1])
+def fill_clusters(p: Paged, clusters: int) -> None:
+    """Records of all complete pages."""
+    for r, n in enumerate(p.lens):
+        pages = p.block_table[r, : n // p.page].long()
+        p.index[pages] = reference_clusters.record(p.k_cache[pages], clusters, 10)
+
+
+def lists(p: Paged, r: int, capacity: int, target: Mass, clusters: int = 0):
+    n, rows = p.lens[r], grouped(p.q[p.starts[r] : p.starts[r + 1]], p.k_cache.shape[1])
     pages = p.block_table[r, : -(-n // p.page)].long()
-    scores = grouped(p.q[rows], p.k_cache.shape[1]) @ p.index[pages].transpose(0, 1)[:, :, 0].transpose(1, 2) * p.scale
+    records = p.index[pages].transpose(0, 1)
+    scores = rows @ records[:, :, 0].transpose(1, 2) * p.scale
+    if clusters:
+        scores = reference_clusters.scores(rows, records, n // p.page, p.scale)
+    rows = slice(p.starts[r], p.starts[r + 1])
     return reference_mass.select_mass(
         p.q[rows], p.k_cache, scores, pages, n, p.scale, capacity, SINK, LOCAL, target
     )  # fmt: skip
@@ -83,12 +94,25 @@ SHAPES = {
 @pytest.mark.parametrize(("mass", "capacity"), [(0.8, 64), (0.95, 12), (1.0, 64)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_equal_reference(name: str, mass: float, capacity: int) -> None:
+    compare(name, mass, capacity, 0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_equal_reference_with_clusters(name: str) -> None:
+    compare(name, 0.8, 64, 2)
+
+
+def compare(name: str, mass: float, capacity: int, clusters: int) -> None:
+    """Lists and counters of the kernels and of the reference."""
     from vllm_ext.kernels.mass_select import MassBuffers, mass_select
 
     lens, queries, h, g, d, page = SHAPES[name]
-    p = make(lens, queries, h, g, d, page, records=1)
+    p = make(lens, queries, h, g, d, page, records=clusters + 1)
     peaked(p)
-    fill_index(p, "mean")
+    if clusters:
+        fill_clusters(p, clusters)
+    else:
+        fill_index(p, "mean")
     target, m = Mass(mass, 0.05, 0.03), max(queries)
     buffers = MassBuffers.allocate(len(lens), h, m * g, 64, capacity, DEVICE)
     stats = torch.zeros(8, dtype=torch.int64, device=DEVICE)
@@ -96,6 +120,7 @@ def test_kernels_equal_reference(name: str, mass: float, capacity: int) -> None:
     ids, pages, counts = mass_select(
         p.q, p.k_cache, p.index, p.block_table, p.seq_lens, p.query_start_loc, dense, p.slot_mapping, stats, buffers,
         target, max_query_len=m, scale=p.scale, dense_limit=41, capacity=capacity, sink=SINK, local=LOCAL,
+        clusters=clusters, iterations=10,
     )  # fmt: skip
     assert (buffers.ticket == 0).all()
     probes = cuts = listed = 0
@@ -103,7 +128,7 @@ def test_kernels_equal_reference(name: str, mass: float, capacity: int) -> None:
         if n <= 41:
             assert (counts[r] == -1).all()
             continue
-        want, sizes, probed, cut = lists(p, r, capacity, target)
+        want, sizes, probed, cut = lists(p, r, capacity, target, clusters)
         assert counts[r].tolist() == sizes.tolist()
         for i in range(h):
             c = int(sizes[i])

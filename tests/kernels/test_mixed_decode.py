@@ -1,6 +1,8 @@
-"""LycheeDecode: the step by definition, kernel against reference over layers, equal shares of work."""
+"""LycheeDecode and the static head split: the step by definition, kernel against reference, equal shares of work."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,13 @@ def test_step_by_definition() -> None:
     assert after.tolist() == [sorted([0, 9, *best]), given[1].tolist()]
 
 
+def test_first_and_last_pages() -> None:
+    assert reference_lychee.recent_pages(10, 4, 1).tolist() == [0, 7, 8, 9]
+    assert reference_lychee.recent_pages(10, 5, 3).tolist() == [0, 1, 2, 8, 9]
+    assert reference_lychee.recent_pages(4, 5, 3).tolist() == [0, 1, 2, 3]
+    assert reference_lychee.recent_pages(10, 4, 0).tolist() == [6, 7, 8, 9]
+
+
 def layers_of(
     heads: int,
     g: int,
@@ -47,7 +56,7 @@ def layers_of(
     every: int,
     kernels: bool,
     programs: int = 8,
-    **options: int,
+    **options: Any,
 ) -> tuple[list[torch.Tensor], list[int], list[torch.Tensor]]:
     """Outputs of four layers, counters, and dense attention, by kernels or the reference."""
     most = max(queries)
@@ -77,11 +86,16 @@ def layers_of(
 
 
 @pytest.mark.parametrize(
-    ("heads", "g", "d", "lens", "queries"),
-    [(2, 3, 64, [230, 35, 400], [1, 1, 1]), (3, 1, 80, [330, 40, 129], [3, 1, 2]), (1, 4, 128, [160], [4])],
+    ("heads", "g", "d", "lens", "queries", "others"),
+    [
+        (2, 3, 64, [230, 35, 400], [1, 1, 1], "carried"),
+        (3, 1, 80, [330, 40, 129], [3, 1, 2], "carried"),
+        (3, 1, 80, [330, 40, 129], [3, 1, 2], "recent"),
+        (1, 4, 128, [160], [4], "carried"),
+    ],
 )
-def test_kernel_equals_reference(heads: int, g: int, d: int, lens: list[int], queries: list[int]) -> None:
-    options = {"budget": 96, "dense_below": 50}
+def test_kernel_equals_reference(heads: int, g: int, d: int, lens: list[int], queries: list[int], others: str) -> None:
+    options = {"budget": 96, "dense_below": 50, "others": others}
     got, stats, dense = layers_of(heads, g, d, 16, lens, queries, 3, True, **options)
     want, expected, _ = layers_of(heads, g, d, 16, lens, queries, 3, False, **options)
     for a, b in zip(got, want):
@@ -91,26 +105,47 @@ def test_kernel_equals_reference(heads: int, g: int, d: int, lens: list[int], qu
     assert max((a - b).abs().max().item() for a, b in zip(got[1:], dense[1:])) > 1e-3
 
 
+@pytest.mark.parametrize("others", ["carried", "recent"])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
-def test_all_retrieval_or_a_covering_budget_is_dense(every: int, kernels: bool) -> None:
-    budget = 96 if every == 1 else 640
-    outs, stats, dense = layers_of(2, 2, 64, 16, [230, 400], [1, 2], every, kernels, budget=budget, dense_below=0)
+def test_all_retrieval_or_a_covering_budget_is_dense(every: int, kernels: bool, others: str) -> None:
+    options = {"budget": 96 if every == 1 else 640, "dense_below": 0, "others": others}
+    outs, stats, dense = layers_of(2, 2, 64, 16, [230, 400], [1, 2], every, kernels, **options)
     for a, b in zip(outs, dense):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
     assert stats[0] == stats[1]
     assert stats[5] == 0
 
 
-@pytest.mark.parametrize("programs", [1, 5, 40])
-def test_the_number_of_programs_does_not_matter(programs: int) -> None:
+@pytest.mark.parametrize(("programs", "others"), [(1, "carried"), (5, "carried"), (40, "carried"), (5, "recent")])
+def test_the_number_of_programs_does_not_matter(programs: int, others: str) -> None:
     """Pieces begin and end inside pairs, cover several pairs, or there are more programs than pages for some."""
     args = 2, 2, 64, 16, [230, 35, 100], [1, 2, 1], 3
-    got, stats, _ = layers_of(*args, True, programs, budget=64, dense_below=50)
-    want, expected, _ = layers_of(*args, False, budget=64, dense_below=50)
+    got, stats, _ = layers_of(*args, True, programs, budget=64, dense_below=50, others=others)
+    want, expected, _ = layers_of(*args, False, budget=64, dense_below=50, others=others)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
     assert stats == expected
+
+
+def test_no_retrieval_head_reads_first_and_last_pages() -> None:
+    """Heads without a role, behind a dense first layer: streaming attention by definition, and its counters."""
+    n, page = 157, 16
+    method = Lychee(page_size=page, sink=1, local=2, roles=roles(2, 3, 2, 64, 9), budget=64, dense_below=0,
+                    others="recent", dense_layers=(0,))  # fmt: skip
+    stages = method.stages(StageDims(6, 3, 64, 1, 40 * page, 1, DEVICE, torch.float32, (1,)))
+    stages.allocate()
+    assert stages.roles == {1: [False] * 3}
+    p = make([n], [1], 3, 2, 64, page)
+    out = torch.empty_like(p.q)
+    stages.decode(1, p.q, p.k_cache, p.v_cache, None, batch_of(p, 1), out, p.scale)
+    table = p.block_table[0, :10].long()
+    seen = [i for i in range(n) if i // page in (0, 7, 8, 9)]
+    keys, values = (x[table].transpose(1, 2).flatten(0, 1)[seen].double() for x in (p.k_cache, p.v_cache))
+    weights = (torch.einsum("hgd,nhd->hgn", p.q[0].double().view(3, 2, 64), keys) * p.scale).softmax(-1)
+    want = torch.einsum("hgn,nhd->hgd", weights, values).flatten(0, 1)
+    torch.testing.assert_close(out[0].double(), want, atol=1e-5, rtol=1e-5)
+    assert stages.stats.tolist() == [3 * len(seen), 3 * n, 0, 3 * 4, 3, 0, 0, 0]
 
 
 def test_short_requests_are_exact() -> None:

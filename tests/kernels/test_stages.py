@@ -12,8 +12,9 @@ from learned import gates, roles
 from paged import DEVICE, Paged, make
 
 from vllm_ext import catalogue
-from vllm_ext.attention_backends.stages import DecodeBatch, StageDims, Stages
+from vllm_ext.attention_backends.stages import DecodeBatch, StageDims, Stages, request_counts
 from vllm_ext.kernels import reference
+from vllm_ext.kernels.sparse_decode import splits_for
 
 HEADS, GROUP, SIZE, LAYER = 1, 3, 64, 2
 BASE = {"page_size": 16, "sink": 1, "local": 2, "dense_layers": []}
@@ -29,12 +30,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "streaming": {},
     "vattention": {"pilot": 20, "epsilon": 0.1},
     "tactic": {"mass": 0.5},
+    "tactic kmeans": {"mass": 0.5, "centroids": "kmeans", "cluster_size": 8},
     "resa": {"min_queries": 20, "gate": None},
     "infllm_v2": {"page_size": 64},
     "retro": {},
     "seer": {"gates": gates(LAYER + 1, HEADS, GROUP, SIZE, SIZE, 16)},
     "lychee": {"roles": roles(LAYER + 1, HEADS, GROUP, SIZE)},
+    "lychee recent": {"roles": roles(LAYER + 1, HEADS, GROUP, SIZE), "others": "recent"},
 }
+"""A further row of a method has a word behind the name."""
 COVERING: dict[str, dict[str, Any]] = {"tactic": {"mass": 1.0}}
 """Options beside a budget for every page that make a method dense."""
 LAYERS = {"lychee": (LAYER - 1, LAYER)}
@@ -43,17 +47,18 @@ names = pytest.mark.parametrize("name", METHODS)
 
 
 def test_every_method_has_a_row() -> None:
-    assert set(METHODS) == {n for n, p in catalogue.load().items() if p.kind == "attention"}
+    assert {n.split()[0] for n in METHODS} == {n for n, p in catalogue.load().items() if p.kind == "attention"}
 
 
 def stages(name: str, pages: int, dense: bool) -> Stages:
     """The stages of a method with lists of `pages` pages; `dense`: short requests are dense, the others sparse."""
-    options = BASE | METHODS[name] | ({} if dense else COVERING.get(name, {}))
+    plugin = name.split()[0]
+    options = BASE | METHODS[name] | ({} if dense else COVERING.get(plugin, {}))
     page = options["page_size"]
     limit = 3 * page if dense else 0
-    method = catalogue.get(name).cls()(**options | {"budget": pages * page, "dense_below": limit})
+    method = catalogue.get(plugin).cls()(**options | {"budget": pages * page, "dense_below": limit})
     dims = StageDims(
-        HEADS * GROUP, HEADS, SIZE, len(PAGES), 16 * page, 3, DEVICE, torch.float32, LAYERS.get(name, (LAYER,))
+        HEADS * GROUP, HEADS, SIZE, len(PAGES), 16 * page, 3, DEVICE, torch.float32, LAYERS.get(plugin, (LAYER,))
     )
     return method.stages(dims)
 
@@ -86,8 +91,8 @@ class Run:
 
 
 @lru_cache
-def run(name: str, pages: int, dense: bool, kernels: bool) -> Run:
-    """A prompt in two chunks, then the decode steps, by kernels or references."""
+def run(name: str, pages: int, dense: bool, kernels: bool, warm: bool = False) -> Run:
+    """A prompt in two chunks, then the decode steps, by kernels (`warm`: launched before) or references."""
     s = stages(name, pages, dense)
     page, size = s.method.page_size, s.method.record_elements(SIZE) // SIZE
     ends = [a * page + b for a, b in zip(PAGES, OVER)]
@@ -114,6 +119,8 @@ def run(name: str, pages: int, dense: bool, kernels: bool) -> Run:
         b = batch(p, lens, list(step))
         q = queries(b.tokens)
         out = torch.full_like(q, float("nan"))
+        if warm:
+            s.warm_up(q, p.k_cache, p.v_cache, index, p.block_table, p.scale)
         decode = s.decode if kernels else s.reference_decode
         for layer in s.dims.layers:
             decode(layer, q, p.k_cache, p.v_cache, index, b, out, p.scale)
@@ -140,10 +147,25 @@ def test_kernels_equal_references(name: str) -> None:
     assert got.stats[1:6] == want.stats[1:6]
     assert abs(got.stats[0] - want.stats[0]) <= 0.005 * want.stats[0]  # a sample may differ by a draw in fp32
     assert abs(got.stats[6] - want.stats[6]) <= 0.01 * want.stats[6]
-    steps = len(STEPS) * HEADS * len(LAYERS.get(name, (LAYER,)))
+    steps = len(STEPS) * HEADS * len(LAYERS.get(name.split()[0], (LAYER,)))
     assert want.stats[4:6] == [steps * 2, steps]
     assert 0 < want.stats[0] < want.stats[1]
     assert max(error(a, b) for a, b in zip(want.outs, want.dense)) > 1e-4  # the lists did leave something out
+
+
+@names
+def test_warming_up_changes_nothing(name: str) -> None:
+    plain, warm = run(name, 5, True, True), run(name, 5, True, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.outs, warm.outs))
+    assert torch.equal(plain.index, warm.index)
+    assert plain.stats == warm.stats
+
+
+def test_request_counts_make_every_kernel() -> None:
+    for most, heads in ((1, 1), (24, 8), (300, 1)):
+        kernels = {splits_for(n * heads) for n in range(1, most + 1)}
+        assert {splits_for(n * heads) for n in request_counts(most, heads)} == kernels
+        assert max(request_counts(most, heads)) <= most
 
 
 @names

@@ -21,6 +21,12 @@ from vllm_ext.options import ConfigError
         ("snapkv", {"budget": 100}, "snapkv.budget must be a multiple of snapkv.block_size (32), got 100."),
         ("r_kv", {"stride": 100}, "r_kv.stride must be a multiple of r_kv.block_size (32), got 100."),
         ("streaming_llm", {"budget": None}, "streaming_llm evicts inside the prompt and needs a fixed"),
+        (
+            "snapkv",
+            {"budget": 64, "ratio": 0.5},
+            "snapkv takes a budget or a ratio, but snapkv.budget is 64 and snapkv.ratio",
+        ),
+        ("r_kv", {"ratio": 0.3}, "r_kv.budget is 1024 and r_kv.ratio 0.3; set one of them to null."),
         ("snapkv", {"scope": "token"}, "snapkv.scope must be one of head, layer, model"),
     ],
 )

@@ -22,7 +22,7 @@ ONE_SHOT = {
     "proto_kv": ProtoKV(budget=64, window=16, anchors=8, chunks=12),
 }
 METHODS: dict[str, Any] = ONE_SHOT | {
-    "think_kv": ThinkKV(budget=96, stride=64, window=16, schedule=(32, 16, 8), type_layers=(0, 1)),
+    "think_kv": ThinkKV(budget=96, stride=64, window=16, schedule=(32, 16, 8)),
     "trim_kv": TrimKV(budget=64, stride=32, window=8),
 }
 

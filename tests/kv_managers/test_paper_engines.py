@@ -23,6 +23,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from transformers import AutoConfig
 
     from vllm_ext.kv_managers.layer_profile import LayerProfile
+    from vllm_ext.kv_managers.think_thresholds import Thoughts
     from vllm_ext.kv_managers.trim_gates import fingerprint
     from vllm_ext.models import tiny_llama
     from vllm_ext.training.gated import Gates
@@ -34,8 +35,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with torch.no_grad():
         gates.w2.mul_(50)  # spread the retentions
     gates.export(config, 64).save(folder / "gates.safetensors")
+    Thoughts((1, 2), 0.2, 0.4, fingerprint(config), {}).save(folder / "thoughts.json")
     LayerProfile((0.5, 1.5, 1.5, 0.5), fingerprint(config), {}).save(folder / "layers.json")
-    return {"model": model, "gates": folder / "gates.safetensors", "profile": folder / "layers.json"}
+    names = {"gates": "gates.safetensors", "profile": "layers.json", "thoughts": "thoughts.json"}
+    return {"model": model, **{k: folder / name for k, name in names.items()}}
 
 
 def prompts() -> list[list[int]]:
@@ -49,7 +52,7 @@ def options(name: str, files: dict[str, Path], budget: int) -> dict[str, Any]:
     if name == "trim_kv":
         own |= {"gates": str(files["gates"]), "stride": 64}
     if name == "think_kv":
-        own |= {"stride": 64, "schedule": [32, 16, 8, 4], "type_layers": [1, 2]}
+        own |= {"stride": 64, "schedule": [32, 16, 8, 4], "thoughts": str(files["thoughts"])}
     if name == "layer_defensive_kv":
         own |= {"profile": str(files["profile"])}
     return own
@@ -146,6 +149,7 @@ def test_gates_see_the_inputs_of_the_attention_blocks(files):
         ("rest_kv", {"ratio": 1.5}, "rest_kv.ratio must be at most 1"),
         ("proto_kv", {"budget": 32}, "sinks and window"),
         ("think_kv", {"budget": 1000}, "multiple of think_kv.block_size"),
+        ("think_kv", {"thoughts": "nowhere.json"}, "think_kv.thoughts 'nowhere.json' holds no thresholds"),
     ],
 )
 def test_bad_input_is_refused_before_weights_load(files, name, own, word):

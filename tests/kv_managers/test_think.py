@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +13,10 @@ from hypothesis import strategies as st
 
 from vllm_ext.kernels import kv_reference as reference
 from vllm_ext.kernels import kv_score_think as think
+from vllm_ext.kv_managers import think_thresholds
 from vllm_ext.kv_managers.think_kv import ThinkKV
+from vllm_ext.kv_managers.think_thresholds import Thoughts
+from vllm_ext.kv_managers.trim_gates import fingerprint
 from vllm_ext.kv_managers.view import KVView
 from vllm_ext.options import ConfigError
 
@@ -117,18 +124,59 @@ def test_old_segments_shrink_and_all_heads_hold_equally_many():
     assert sum(sizes) == 512
 
 
-def test_a_transition_is_shrunk_before_a_reasoning():
-    method = ThinkKV(budget=512, window=32, type_layers=[0], low=0.0, high=1.0)
-    plain = replay(method, 6)
-    typed = ThinkKV(budget=512, window=32, type_layers=[0], low=0.0, high=0.0)  # every typed segment is a transition
-    both = [[int((h[0, 0] // 128 == s).sum()) for s in range(6)] for h in (plain, replay(typed, 6))]
-    assert both[0] != both[1]
-    assert sum(both[0]) == sum(both[1]) == 512
+def file(folder: Path, **changes: Any) -> Path:
+    """Thresholds for a model of 2 layers."""
+    fields = {"layers": (0,), "low": 0.2, "high": 0.4, "model": {"num_hidden_layers": 2}, "notes": {"texts": 1}}
+    path = folder / "thoughts.json"
+    Thoughts(**fields | changes).save(path)
+    think_thresholds.load.cache_clear()
+    return path
+
+
+def test_a_transition_is_shrunk_before_a_reasoning(tmp_path):
+    found = []
+    for low, high in ((0.0, 1.0), (0.0, 0.0)):  # every typed segment is a reasoning; a transition
+        method = ThinkKV(budget=512, window=32, thoughts=str(file(tmp_path, low=low, high=high)))
+        held = replay(method, 6)
+        found.append([int((held[0, 0] // 128 == s).sum()) for s in range(6)])
+    assert found[0] != found[1]
+    assert found[0] == [int((replay(ThinkKV(budget=512, window=32), 6)[0, 0] // 128 == s).sum()) for s in range(6)]
+    assert sum(found[0]) == sum(found[1]) == 512
+
+
+def test_the_file_is_read_as_it_was_written(tmp_path):
+    path = file(tmp_path, layers=(0, 1))
+    found = think_thresholds.load(str(path))
+    assert found == Thoughts((0, 1), 0.2, 0.4, {"num_hidden_layers": 2}, {"texts": 1})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layers": (2,)}, {"layers": ()}, {"low": 0.9}, {"high": 1.5}, {"model": {}}], ids=str
+)
+def test_a_file_that_cannot_be_is_refused(tmp_path, changes):
+    path = file(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=r"think_kv.thoughts '.*' holds no thresholds .* `vllm-ext train thoughts`"):
+        think_thresholds.load(str(path))
+
+
+def test_thresholds_of_another_model_or_of_a_part_of_the_heads_are_refused(tmp_path):
+    hf = SimpleNamespace(num_hidden_layers=2, head_dim=8)
+    method = ThinkKV(thoughts=str(file(tmp_path)))
+    cfg = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=hf), parallel_config=SimpleNamespace(tensor_parallel_size=2)
+    )
+    with pytest.raises(ConfigError, match="was measured on another model: head_dim None \\(model: 8\\); make a file"):
+        method.check(cfg)
+    hf.head_dim = None
+    hf.hidden_size = hf.num_attention_heads = 1
+    method = ThinkKV(thoughts=str(file(tmp_path, model=fingerprint(hf))))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 1"):
+        method.check(cfg)
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"schedule": (8, 16)}, "schedule"), ({"schedule": (256, 64)}, "schedule"), ({"low": 0.9, "high": 0.5}, "low")],
+    [({"schedule": (8, 16)}, "schedule"), ({"schedule": (256, 64)}, "schedule")],
 )
 def test_bad_options_are_refused(options, word):
     with pytest.raises(ConfigError, match=f"think_kv.{word}"):

@@ -156,6 +156,16 @@ def test_recommended_cache_is_the_smallest_that_reaches_the_target() -> None:
     assert report.recommend([rows, rows[:1]], 0.9) == [4, None]
 
 
+def test_a_trace_of_another_name_is_taken_with_a_note(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model may have been renamed; what it cannot be by its size is refused."""
+    found = trace_file.load(trace)
+    sizes = (found.num_experts, found.top_k, list(found.layers))
+    trace_file.check_model(found, trace, *sizes, found.model)
+    assert not capsys.readouterr().err
+    trace_file.check_model(found, trace, *sizes, "renamed")
+    assert f"of {found.model}, taken for renamed" in capsys.readouterr().err
+
+
 def test_wrong_traces_are_refused(trace: Path, tmp_path: Path, tiny_moe: Callable, assert_refused: Callable) -> None:
     from safetensors.numpy import save_file
 
@@ -164,11 +174,16 @@ def test_wrong_traces_are_refused(trace: Path, tmp_path: Path, tiny_moe: Callabl
     assert_refused(["moe", "report", str(other)], "not a routing trace")
     assert_refused(["moe", "report", str(tmp_path / "none")], "cannot be read")
     assert_refused(["moe", "report", str(trace), "--target", "1.5"], "--target")
+    assert_refused(["moe", "report", str(trace), "--segments", "0"], "--segments")
+    assert_refused(["moe", "report", str(trace), "--out", "/dev/null/out"], "cannot be made")
     assert_refused(["moe", "report", str(trace), "--model", str(tmp_path)], "config.json")
     from vllm_ext.moe.models import tiny_moe as make
 
     larger = make(tmp_path / "larger", experts=16)
     assert_refused(["moe", "report", str(trace), "--model", str(larger)], "trace that model")
+    merge = ["moe", "merge", str(larger), str(tmp_path / "out"), "--experts", "4", "--trace", str(trace)]
+    assert_refused(merge, "trace that model")
+    assert not (tmp_path / "out").exists()
     empty = tmp_path / "empty.safetensors"
     none = np.zeros(0, np.int32)
     trace_file.Trace("tiny", 8, 2, (0, 1), np.zeros((0, 2, 2), np.uint8), np.zeros(1, np.int64), none, none).save(empty)

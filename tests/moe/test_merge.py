@@ -88,6 +88,7 @@ def test_experts_in_identical_pairs_come_back_as_they_were(method: str, tiny_moe
     summary = merge_checkpoint(twin, tmp_path / "out", Plan(4, method))
     merged, source = Checkpoint(tmp_path / "out"), Checkpoint(twin)
     assert (merged.num_experts, merged.top_k, summary.fallbacks) == (4, 2, 0)
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # weights are as readable as the config
     for layer in source.layers:
         a, b = merged.experts(layer), source.experts(layer)
         assert torch.equal(a.gate, b.gate[:4])
@@ -142,6 +143,8 @@ def test_impossible_merges_are_refused(tiny_moe: Callable, tmp_path: Path, asser
     assert_refused(["moe", "merge", model, out, "--experts", "8"], "between 2")
     assert_refused(["moe", "merge", model, out, "--experts", "4", "--method", "nahs"], "did you mean 'nash'")
     assert_refused(["moe", "merge", model, out, "--experts", "4", "--step", "0"], "--step")
+    assert_refused(["moe", "merge", model, out, "--experts", "4", "--step", "nan"], "--step")
+    assert_refused(["moe", "merge", model, "/dev/null/out", "--experts", "4"], "cannot be made")
     assert_refused(["moe", "merge", str(tiny_llama(tmp_path / "dense")), out, "--experts", "4"], "mixture of experts")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -154,6 +154,8 @@ def test_rounding_leaves_small_batches_alone(tiny_moe: Callable, start: Callable
         ({"e_score_correction_bias": 1}, "correction bias"),
         ({"custom_routing_function": print}, "routing function"),
         ({"routed_scaling_factor": 2.5}, "scaled routed output"),
+        ({"scoring_func": "sigmoid"}, "the sigmoid scores"),
+        ({"moe_config": SimpleNamespace(has_hash_routing=True)}, "by token id"),
     ],
 )
 def test_a_layer_that_routes_otherwise_is_refused(change: dict[str, Any], word: str) -> None:
@@ -164,7 +166,8 @@ def test_a_layer_that_routes_otherwise_is_refused(change: dict[str, Any], word: 
     from vllm_ext.options import ConfigError
 
     plain = {"use_grouped_topk": False, "e_score_correction_bias": None, "custom_routing_function": None}
-    plain |= {"routed_scaling_factor": 1.0}
+    plain |= {"routed_scaling_factor": 1.0, "scoring_func": "softmax"}
+    plain["moe_config"] = SimpleNamespace(has_hash_routing=False)
     _check_router(Kern(), None, SimpleNamespace(**plain))
     with pytest.raises(ConfigError, match=word):
         _check_router(Kern(), None, SimpleNamespace(**plain | change))

@@ -169,7 +169,7 @@ def config(**hf: object) -> SimpleNamespace:
     return SimpleNamespace(
         model_config=model, lora_config=None, kernel_config=SimpleNamespace(moe_backend="auto"),
         aux_output_config=SimpleNamespace(enabled=False), speculative_config=None,
-        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False),
     )  # fmt: skip
 
 

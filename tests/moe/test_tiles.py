@@ -73,7 +73,8 @@ def vllm_config(**changes: Any) -> Any:
         "hf_text_config": SimpleNamespace(**hf),
         "get_num_experts": lambda: 8, "get_num_experts_per_tok": lambda: 2,
     }  # fmt: skip
-    parallel = {"enable_expert_parallel": False, "tensor_parallel_size": 1}
+    parallel = {"enable_expert_parallel": False, "tensor_parallel_size": 1, "data_parallel_size": 1}
+    parallel |= {"prefill_context_parallel_size": 1, "eplb_config": SimpleNamespace(num_redundant_experts=0)}
     return SimpleNamespace(
         model_config=SimpleNamespace(**model | {k: v for k, v in changes.items() if k in model}),
         parallel_config=SimpleNamespace(**parallel | {k: v for k, v in changes.items() if k in parallel}),
@@ -123,6 +124,26 @@ def test_a_table_or_all_calls_are_served(monkeypatch: pytest.MonkeyPatch, tmp_pa
     every = build(sonic.SonicMoE, "sonic_moe", {"calls": "all"})
     every.check(vllm_config())
     assert sonic.SonicExperts(SHAPE, every._table(SHAPE), True).covers(1)
+
+
+def test_ranks_have_a_part_of_each_expert_or_all_of_some() -> None:
+    """vLLM cuts experts over tensor- and data-parallel ranks alike, or shares them out with EPLB's copies."""
+    both = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+    assert sonic._shape(vllm_config(**both)) == Shape(8, 2, 64, 32)
+    copies = SimpleNamespace(num_redundant_experts=4)
+    shared = vllm_config(**both, enable_expert_parallel=True, eplb_config=copies)
+    assert sonic._shape(shared) == Shape(3, 2, 64, 128)
+
+
+def test_a_rank_with_half_of_the_experts_reads_the_table_at_half_of_the_tokens(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.json", {64: (1.0, 1.1), 512: (1.0, 2.0), 1024: (2.0, 1.0)})
+    table = sonic_table.find(SHAPE, DEVICE, str(path))
+    alone, shared = sonic.SonicExperts(SHAPE, table, False), sonic.SonicExperts(SHAPE, table, False, ranks=2)
+    for tokens in (64, 500, 512, 1024):
+        assert shared.covers(2 * tokens) == alone.covers(tokens)
+        assert shared.tiles(2 * tokens) == alone.tiles(tokens)
+    assert shared.covers(1024)
+    assert not alone.covers(1024)
 
 
 def test_tuned_files_are_found_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +209,7 @@ def test_neighbours_fit_the_device() -> None:
     ("arguments", "word"),
     [
         (["no-such-model"], "olmoe-1b-7b"), (["olmoe-1b-7b", "--expert-parallel", "3"], "divisor"),
+        (["olmoe-1b-7b", "--expert-parallel", "0"], "at least 1"),
         (["olmoe-1b-7b"], "CUDA"), (["mixtral-8x7b", "--tensor-parallel", "3"], "divisor"),
     ],
 )  # fmt: skip

@@ -74,3 +74,5 @@ def test_wrong_models_and_counts_are_refused(dense: Path, tmp_path: Path, assert
     assert_refused(["moe", "upcycle", str(made), out], "only a dense Llama")
     assert_refused(["moe", "upcycle", str(dense), out, "--experts", "2", "--top-k", "3"], "--top-k")
     assert_refused(["moe", "upcycle", str(dense), out, "--steps", "-1"], "--steps")
+    assert_refused(["moe", "upcycle", str(dense), out, "--noise", "-1"], "--noise")
+    assert_refused(["moe", "upcycle", str(dense), out, "--router", "-1"], "--router")

@@ -43,8 +43,30 @@ def repetitive(count: int, vocab: int = 200) -> list[list[int]]:
     return [*made[:-1], made[0] + [7, 8, 9]]
 
 
+def note_drafts(scheduler: Any) -> list[list[int]]:
+    """Drafts to verify of each decoding request, by step; filled while the scheduler works."""
+    steps: list[list[int]] = []
+    schedule = scheduler.schedule
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        decoding = {r.request_id for r in scheduler.running if not r.is_prefill_chunk}
+        output = schedule(*args, **kwargs)
+        drafted = output.scheduled_spec_decode_tokens
+        if counts := [len(drafted.get(r, ())) for r in output.num_scheduled_tokens if r in decoding]:
+            steps.append(counts)
+        return output
+
+    scheduler.schedule = noted
+    return steps
+
+
 def serve(
-    model: str, prompts: list[list[int]], plugins: dict[str, Any] | None, sampling: dict[str, Any], **extra: Any
+    model: str,
+    prompts: list[list[int]],
+    plugins: dict[str, Any] | None,
+    sampling: dict[str, Any],
+    rounds: int = 2,
+    **extra: Any,
 ) -> dict[str, Any]:
     """Answers of one engine, what it drafted, and what it published."""
     from vllm import SamplingParams
@@ -57,14 +79,16 @@ def serve(
         **({"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False} | sampling)
     )
     with engine(model, arguments) as llm:
-        rounds = [llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False) for _ in range(2)]
+        steps = note_drafts(llm.llm_engine.engine_core.engine_core.scheduler)
+        texts = [{"prompt_token_ids": p} for p in prompts]
+        outputs = [llm.generate(texts, params, use_tqdm=False) for _ in range(rounds)]
         found = {m.name: getattr(m, "value", getattr(m, "values", 0)) for m in llm.get_metrics()}
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         rows = getattr(getattr(runner, "speculator", None), "rows", None) or getattr(runner, "drafter", None)
         drafter = getattr(rows, "drafter", None)
         return {
-            "tokens": [[[list(c.token_ids) for c in o.outputs] for o in r] for r in rounds],
-            "logprobs": [len(c.logprobs or ()) for o in rounds[0] for c in o.outputs],
+            "tokens": [[[list(c.token_ids) for c in o.outputs] for o in r] for r in outputs],
+            "logprobs": [len(c.logprobs or ()) for o in outputs[0] for c in o.outputs],
             "preempted": found.get("vllm:num_preemptions", 0),
             "cached": found.get("vllm:prefix_cache_hits", 0),
             "drafted": found.get("vllm:spec_decode_num_draft_tokens", 0),
@@ -72,15 +96,29 @@ def serve(
             "counted": None if drafter is None else drafter.counters.sum(0).tolist(),
             "left": None if drafter is None else len(drafter.running()),
             "runner": type(runner).__module__,
+            "mixed": sum(0 in counts and max(counts) > 0 for counts in steps),
+            "counts": max(len(set(counts)) for counts in steps),
         }
 
 
-def identity(
-    model: str, runner: str, plugins: dict[str, Any], sampling: dict[str, Any], count: int, extra: dict[str, Any]
+def answers(
+    model: str, runner: str, plugins: dict[str, Any] | None, sampling: dict[str, Any], extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """The same prompts without and with plugins."""
+    """Seven prompts twice, with plugins or without."""
     if runner == "v2":
         use_v2()
-    prompts = repetitive(count)
-    stock = serve(model, prompts, None, sampling, **{k: v for k, v in extra.items() if k != "num_gpu_blocks_override"})
-    return {"stock": stock, "with": serve(model, prompts, plugins, sampling, **extra)}
+    return serve(model, repetitive(7), plugins, sampling, **extra)
+
+
+def real(model: str, runner: str, plugins: dict[str, Any], count: int, prompt: int, output: int) -> dict[str, Any]:
+    """The first `prompt` tokens of the benchmark's prompts, `count` of them, without and with plugins, in fp32."""
+    if runner == "v2":
+        use_v2()
+    from transformers import AutoTokenizer
+
+    from vllm_ext.bench.spec_loads import prompts
+
+    tokenizer, loads = AutoTokenizer.from_pretrained(model), ("edit", "summary", "chat", "agent")
+    texts = [p[:prompt] for load in loads for p in prompts(load, tokenizer, count // len(loads), 0)]
+    sampling = {"max_tokens": output}
+    return {name: serve(model, texts, p, sampling, rounds=1) for name, p in (("stock", None), ("with", plugins))}

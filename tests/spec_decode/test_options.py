@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -62,6 +63,21 @@ def test_wrong_options(name, options, word):
         config.expand([name], {name: options})
 
 
+def test_defaults_go_with_sparse_attention(runner):
+    """Drafts and the verified token fit the query rows of the attention kernels, length policies what is drafted."""
+    from vllm_ext import catalogue
+    from vllm_ext.attention_backends.support import MAX_QUERY_TOKENS
+    from vllm_ext.spec_decode.method import DrafterMethod, LengthMethod
+
+    plugins = [config.expand([name], {}).plugins[name] for name in catalogue.load()]
+    most = {p.name: p.num_speculative_tokens for p in plugins if isinstance(p, DrafterMethod)}
+    assert len(most) >= 6
+    assert set(most.values()) == {MAX_QUERY_TOKENS - 1}
+    lengths = [max(p.lengths) for p in plugins if isinstance(p, LengthMethod)]
+    assert lengths == [MAX_QUERY_TOKENS - 1] * 2
+    config.expand(["quest", "suffix_automaton", "fixed"], {})
+
+
 def test_one_drafter_at_a_time():
     with pytest.raises(ConfigError, match="exclude each other"):
         config.expand(["suffix_automaton", "ngram"], {})
@@ -116,12 +132,36 @@ def engine(**values) -> SimpleNamespace:
             engine(spec={"method": "draft_model"}),
             "120 mask tokens",
         ),
+        (
+            "hedge_spec",
+            {"model": "m", "parallel": True, "num_speculative_tokens": 16},
+            engine(spec={"method": "draft_model"}),
+            "120 mask tokens",
+        ),
         ("hsd", {}, engine(spec={"rejection_sample_method": "block"}), "drop one"),
         ("fixed", {}, engine(), "data parallelism"),
     ],
-    ids=["no drafter", "other runner", "V2 only", "too many masks", "two rules", "data parallel"],
+    ids=["no drafter", "other runner", "V2 only", "too many masks", "masks of a hedge", "two rules", "data parallel"],
 )
 def test_refused_engines(name, options, cfg, word):
     plugin = config.expand([name], {name: options}).plugins[name]
     with pytest.raises(ConfigError, match=word):
         check(plugin, cfg)
+
+
+def test_sequential_drafts_need_no_mask_tokens():
+    options = {"model": "m", "num_speculative_tokens": 16}
+    hybrid = config.expand(["hybrid"], {"hybrid": options}).plugins["hybrid"]
+    sequential, parallel = (dataclasses.replace(hybrid, parallel=p) for p in (False, True))
+    check(sequential, engine(spec={"method": "draft_model"}))
+    with pytest.raises(ConfigError, match=r"hybrid\.num_speculative_tokens needs 120 mask"):
+        check(parallel, engine(spec={"method": "draft_model"}))
+
+
+def test_draft_models_of_a_hedge(tmp_path, runner):
+    """The sentence names the hedge's own option."""
+    target, plain = model_dir(tmp_path, "target"), model_dir(tmp_path, "plain")
+    given = {"hedge_spec": {"model": plain, "parallel": True}}
+    hedge = config.expand(["hedge_spec"], given).plugins["hedge_spec"]
+    with pytest.raises(ConfigError, match="V1" if runner == "v1" else r"hedge_spec\.model .* names no mask token"):
+        hedge.early(SimpleNamespace(model=target))

@@ -84,7 +84,7 @@ def test_wrong_options_are_refused(name: str, options: dict[str, Any], word: str
     ("name", "options", "drafts", "word"),
     [
         ("fly", {}, 6, "raise the drafter's num_speculative_tokens"),
-        ("fixed", {"drafts": 8}, 4, "the drafter makes at most 4"),
+        ("fixed", {"drafts": 7}, 4, "the drafter makes at most 4"),
         ("cast", {}, 8, "cast.table names no file"),
     ],
 )

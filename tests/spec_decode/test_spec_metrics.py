@@ -68,11 +68,16 @@ def test_history_finds_the_rates():
     assert bad[0] < new[0] < good[0]  # what is not known yet is taken from all requests
 
 
-def test_history_with_short_drafts_says_nothing_of_later_positions():
+def test_positions_that_were_not_tried_do_as_those_before_them():
     history = AcceptanceHistory(4)
     for _ in range(50):
         history.note("a", 2, 2)
         history.note("a", 0, 0)
-    rates = history._rates["a"]
-    assert rates[1] > 0.9
-    assert rates[2] == rates[3] == 0.5
+        history.note("b", 2, 0)
+    [good, bad] = history.rates(["a", "b"])
+    assert good[1] > 0.9
+    assert good[2:] == pytest.approx(good[1], abs=0.05)
+    assert bad[0] < 0.1
+    for _ in range(50):
+        history.note("c", 4, 3)  # where it was tried, the last position is never right
+    assert history.rates(["a"])[0][3] < 0.2 < 0.9 < history.rates(["a"])[0][2]

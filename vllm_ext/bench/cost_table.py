@@ -26,7 +26,7 @@ class CostPlan:
 
     Attributes:
         model: directory of the target model.
-        drafter: the drafter's row, e.g. `suffix_automaton:num_speculative_tokens=8`.
+        drafter: the drafter's row, e.g. `suffix_automaton`.
         batches, drafts, contexts: the axes; drafts start at 0.
         steps: timed steps of a cell.
         eager, memory: of the engine.
@@ -35,7 +35,7 @@ class CostPlan:
     model: str
     drafter: str
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    drafts: tuple[int, ...] = (0, 2, 4, 8)
+    drafts: tuple[int, ...] = (0, 2, 4, 7)
     contexts: tuple[int, ...] = (512,)
     steps: int = 16
     eager: bool = False

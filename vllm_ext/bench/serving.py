@@ -173,6 +173,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             cache = llm.llm_engine.vllm_config.cache_config
             result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
             result |= {"pool_bytes": plan.pool_bytes, "pool_tokens": cache.num_gpu_blocks * cache.block_size}
+            result |= {"num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size}
             warm = [dataclasses.replace(x, requests=2, output=min(x.output, 600)) for x in plan.loads]
             for load in warm:
                 _serve(llm, plan, load, plan.seed + 1)
@@ -188,7 +189,7 @@ def _serve(llm: Any, plan: ServingPlan, load: Load, seed: int) -> dict[str, Any]
     prompts = rng.integers(0, plan.config["vocab_size"], size=(load.requests, load.prompt))
     gaps = np.zeros(load.requests) if plan.rate is None else rng.exponential(1 / plan.rate, size=load.requests)
     run = _Run(llm, load, prompts, np.cumsum(gaps).tolist())
-    with evictions(llm) as evicted:
+    with evictions(llm) as evicted, run.watched():
         run.drain()
     return run.cell() | evicted()
 
@@ -205,6 +206,7 @@ class _Run:
         self.preemptions = self.peak = self.done = 0
         self.timeline: list[tuple[float, float, int]] = []
         self.prompt_seconds = 0.0
+        self.prompt_tokens = self.step_prompt_tokens = 0
 
     def drain(self) -> None:
         """Serve the whole load."""
@@ -228,6 +230,22 @@ class _Run:
         while inner.scheduler.has_requests() or inner.batch_queue:
             self.core.get_output()
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note how many prompt tokens each finished step computed: a row that only decodes has one token."""
+        scheduler = self.core.engine_core.scheduler
+        update = scheduler.update_from_output
+
+        def update_from_output(planned: Any, *rest: Any, **more: Any) -> Any:
+            self.step_prompt_tokens += sum(n for n in planned.num_scheduled_tokens.values() if n > 1)
+            return update(planned, *rest, **more)
+
+        scheduler.update_from_output = update_from_output
+        try:
+            yield
+        finally:
+            del scheduler.update_from_output
+
     def _add(self, i: int, began: float) -> str:
         from vllm import SamplingParams
 
@@ -248,8 +266,10 @@ class _Run:
         if stats is None:
             return
         self.peak = max(self.peak, stats.num_running_reqs)
-        if stats.num_running_reqs > len(outputs.outputs):
+        if self.step_prompt_tokens:
             self.prompt_seconds += took
+            self.prompt_tokens += self.step_prompt_tokens
+            self.step_prompt_tokens = 0
         if not self.timeline or now - self.began - self.timeline[-1][0] > 0.25:
             self.timeline.append((now - self.began, stats.kv_cache_usage, stats.num_running_reqs))
 
@@ -261,9 +281,10 @@ class _Run:
         return {
             "load": self.load.label, "seconds": self.seconds, "tokens_per_s": made / self.seconds,
             "peak_running": self.peak, "preemptions": self.preemptions,
-            "prompt_share": self.prompt_seconds / self.seconds,
+            "prompt_share": self.prompt_seconds / self.seconds, "prompt_tokens": self.prompt_tokens,
             "ttft_p50_s": _at(ttft, 0.5), "ttft_p99_s": _at(ttft, 0.99), "tpot_p50_s": _at(tpot, 0.5),
             "tpot_p99_s": _at(tpot, 0.99), "timeline": [[round(x, 3) for x in point] for point in self.timeline],
+            "timeline_columns": ["seconds", "share of the blocks in use", "running requests"],
         }  # fmt: skip
 
 
@@ -292,9 +313,9 @@ def evictions(llm: Any) -> Iterator[Callable[[], dict[str, Any]]]:
             torch.cuda.synchronize()
         done = {
             name: sum(getattr(c.totals, name) - getattr(b, name) for c, b in zip(compactors, before))
-            for name in ("compactions", "tokens_kept", "tokens_dropped", "seconds")
+            for name in ("compactions", "tokens_kept", "tokens_dropped", "blocks_freed", "seconds")
         }
-        device = sum(a.elapsed_time(b) for a, b in events) / 1e3
+        device = sum(a.elapsed_time(b) for a, b in events) / 1e3 if torch.cuda.is_available() else None
         return {"evictions": {**done, "host_s": done.pop("seconds"), "device_s": device}}
 
     try:
@@ -315,6 +336,20 @@ def _timed(evict: Callable[..., None], events: list[tuple[Any, Any]]) -> Callabl
         events.append((begin, end))
 
     return timed
+
+
+def demand(record: dict[str, Any], cell: dict[str, Any]) -> float:
+    """What the requests of a load hold at once in the end, as a share of the stock pool: up to 1 everything fits."""
+    load = parse_load(cell["load"])
+    return load.requests * load.total / record["results"][0]["pool_tokens"]
+
+
+def eviction_share(cell: dict[str, Any]) -> float | None:
+    """Share of the time that evictions took: on the device, or on the host where that is a CPU; None for stock."""
+    found = cell.get("evictions")
+    if found is None:
+        return None
+    return (found["host_s"] if found["device_s"] is None else found["device_s"]) / cell["seconds"]
 
 
 def serving_table(results: list[dict[str, Any]]) -> Any:
@@ -339,7 +374,7 @@ def serving_table(results: list[dict[str, Any]]) -> Any:
     for i in range(len(results[0]["cells"]) if results else 0):
         for result in results:
             c = result["cells"][i]
-            evicting = f"{c['evictions']['device_s'] / c['seconds']:.1%}" if "evictions" in c else "–"
+            evicting = "–" if eviction_share(c) is None else f"{eviction_share(c):.1%}"
             table.add_row(
                 c["load"], result["label"], f"{c['tokens_per_s']:.0f}", f"{c['ratio']:.2f}x", str(c["peak_running"]),
                 str(c["preemptions"]), f"{c['ttft_p50_s']:.1f} / {c['ttft_p99_s']:.1f}",

@@ -7,6 +7,7 @@ same prompts with an engine in a process of its own; the first row does not spec
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class SpecPlan:
         batches: requests in flight.
         requests: prompts of a load, for each batch; at least the batch.
         output: most tokens of an answer.
-        repeats: how often each load is timed; the median counts.
+        repeats: how often each load is timed, with other prompts each time; the median counts, the range is kept.
         eager, memory, max_model_len: of the engine.
         seed: of the prompts.
     """
@@ -40,7 +41,7 @@ class SpecPlan:
     batches: tuple[int, ...] = (1, 8, 32)
     requests: int = 16
     output: int = 192
-    repeats: int = 1
+    repeats: int = 3
     eager: bool = False
     memory: float = 0.6
     max_model_len: int = 4096
@@ -59,9 +60,15 @@ class SpecPlan:
 
 
 def engine_args(row: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments of a row: plugins, or vLLM's own method as `vllm:METHOD,key=value`."""
+    """Engine arguments of a row: plugins, or vLLM's own method as `vllm:METHOD,key=value`.
+
+    Raises:
+        ConfigError: unknown plugin or option, or `vllm:suffix` without the package that it is made of.
+    """
     if not row.startswith(STOCK):
         return Row(row, options).engine_args()
+    if options["method"] == "suffix" and importlib.util.find_spec("arctic_inference") is None:
+        raise ConfigError("--row vllm:suffix needs the package arctic-inference; install it or leave the row out.")
     return {"speculative_config": options}
 
 
@@ -128,37 +135,49 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         clock = _DraftClock(llm)
         _serve(llm, prompts("chat", tokenizer, max(plan.batches), plan.seed + 99), max(plan.batches), 24)
         result["cells"] = [
-            _cell(llm, plan, load, batch, prompts(load, tokenizer, max(plan.requests, batch), plan.seed), clock)
+            _cell(llm, plan, load, batch, _texts(plan, load, batch, tokenizer), clock)
             for load in plan.loads
             for batch in plan.batches
         ]
     return result
 
 
+def _texts(plan: SpecPlan, load: str, batch: int, tokenizer: Any) -> list[list[list[int]]]:
+    """Prompts of each repeat, all different: drafters that keep finished answers would find them again."""
+    seeds = [1000 * (1000 * plan.seed + batch) + repeat for repeat in range(plan.repeats)]
+    return [prompts(load, tokenizer, max(plan.requests, batch), seed) for seed in seeds]
+
+
 def _cell(
-    llm: Any, plan: SpecPlan, load: str, batch: int, texts: list[list[int]], clock: _DraftClock
+    llm: Any, plan: SpecPlan, load: str, batch: int, texts: list[list[list[int]]], clock: _DraftClock
 ) -> dict[str, Any]:
     """Serve one load and count."""
-    seconds, before = [], _counters(llm)
+    answers: list[list[int]] = []
+    seconds, rates, steps, before = [], [], 0, _counters(llm)
     clock.reset()
-    for _ in range(plan.repeats):
-        taken, answers, steps = _serve(llm, texts, batch, plan.output)
+    for given in texts:
+        taken, found, count = _serve(llm, given, batch, plan.output)
         seconds.append(taken)
-    drafts, drafted, accepted = (a - b for a, b in zip(_counters(llm), before))
-    tokens = sum(map(len, answers))
-    median = statistics.median(seconds)
+        rates.append(sum(map(len, found)) / taken)
+        answers, steps = answers + found, steps + count
+    drafts, drafted, *accepted_at = (a - b for a, b in zip(_counters(llm), before))
+    accepted, tokens = sum(accepted_at), sum(map(len, answers))
     return {
         "load": load,
         "batch": batch,
-        "prompt_tokens": sum(map(len, texts)),
+        "prompt_tokens": sum(len(p) for given in texts for p in given),
         "output_tokens": tokens,
         "seconds": seconds,
-        "tokens_per_s": tokens / median,
+        "tokens_per_s": statistics.median(rates),
+        "tokens_per_s_range": [min(rates), max(rates)],
         "engine_steps": steps,
         "drafts": drafts,
         "drafted": drafted,
         "accepted": accepted,
+        # of all steps, also those in which a drafter proposed nothing: comparable between runners
+        "tokens_per_step": tokens / max(tokens - accepted, len(answers)),
         "acceptance_length": 1 + accepted / drafts if drafts else 1.0,
+        "accepted_at": [a / drafts for a in accepted_at] if drafts else [],
         "draft_share": clock.seconds() / sum(seconds),
         "draft_s_per_step": clock.seconds() / max(clock.count, 1),
         "answers": answers,
@@ -186,11 +205,11 @@ def _serve(llm: Any, texts: list[list[int]], batch: int, output: int) -> tuple[f
     return time.perf_counter() - began, [answers[i] for i in range(len(texts))], steps
 
 
-def _counters(llm: Any) -> tuple[int, int, int]:
-    """vLLM's totals: drafts, drafted tokens, accepted tokens."""
-    found = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
-    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-    return tuple(int(found.get(f"vllm:spec_decode_{n}", 0)) for n in names)  # type: ignore[return-value]
+def _counters(llm: Any) -> list[int]:
+    """vLLM's totals: drafts, drafted tokens, then accepted tokens by position in the draft."""
+    found = {m.name.removeprefix("vllm:spec_decode_"): m for m in llm.get_metrics()}
+    totals = [int(getattr(found.get(n), "value", 0)) for n in ("num_drafts", "num_draft_tokens")]
+    return totals + [int(n) for n in getattr(found.get("num_accepted_tokens_per_pos"), "values", [])]
 
 
 class _DraftClock:

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     from vllm_ext.cli.bench_moe_cmd import moe
     from vllm_ext.cli.bench_routers_cmd import routers
-    from vllm_ext.cli.bench_serving_cmd import serving
+    from vllm_ext.cli.bench_serving_cmd import serving, serving_plot
 
     bench = typer.Typer(help="Speed beside stock vLLM, with spread and the byte floor.", no_args_is_help=True)
     bench.command("decode")(decode)
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     bench.command("moe")(moe)
     bench.command("routers")(routers)
     bench.command("serving")(serving)
+    bench.command("serving-plot")(serving_plot)
     app.add_typer(bench, name="bench")
 
 

@@ -15,7 +15,7 @@ def cost_table(
         "suffix_automaton"
     ),
     batch: Annotated[list[int] | None, typer.Option(help="requests; repeatable [default: 1 2 4 8 16 32]")] = None,
-    drafts: Annotated[list[int] | None, typer.Option(help="drafts a request; repeatable [default: 0 2 4 8]")] = None,
+    drafts: Annotated[list[int] | None, typer.Option(help="drafts a request; repeatable [default: 0 2 4 7]")] = None,
     context: Annotated[list[int] | None, typer.Option(help="tokens a request; repeatable [default: 512]")] = None,
     steps: Annotated[int, typer.Option(help="timed steps of a cell", min=2)] = 16,
     eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,

@@ -52,3 +52,18 @@ def serving(
             records.save(record, out / "serving.json")
 
     Console(width=170).print(serving_table(bench_serving(plan, rows, save)))
+    if out is not None:
+        print(f"written: {out / 'serving.json'}; draw it with `vllm-ext bench serving-plot`")
+
+
+def serving_plot(
+    records: Annotated[list[Path], typer.Argument(help="serving.json files, e.g. of several loads or pools")],
+    out: Annotated[Path, typer.Option(help="file to write, a .png")],
+) -> None:
+    """One plot of several records of `bench serving`: throughput over stock against load, and blocks over time."""
+    from vllm_ext.bench.serving_plot import plot, read
+    from vllm_ext.evaluation.report import check_plots
+
+    check_plots()
+    plot(read(records), out)
+    print(f"written: {out}")

@@ -21,7 +21,7 @@ def spec(
     batch: Annotated[list[int] | None, typer.Option(help="requests in flight; repeatable [default: 1 8 32]")] = None,
     requests: Annotated[int, typer.Option(help="prompts of a load")] = 16,
     output: Annotated[int, typer.Option(help="most tokens of an answer")] = 192,
-    repeats: Annotated[int, typer.Option(help="times that a load is served; the median counts")] = 1,
+    repeats: Annotated[int, typer.Option(help="times that a load is served; the median counts")] = 3,
     eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
     memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.6,
     out: Annotated[Path | None, typer.Option(help="folder for spec.json")] = None,
@@ -60,12 +60,16 @@ def spec(
 
     results = bench_spec(plan, rows, save)
     table = Table(title="speculation, greedy")
-    for name in ("row", "load", "batch", "tokens/s", "ratio", "accept length", "draft share", "equal"):
+    for name in ("row", "load", "batch", "tokens/s", "spread", "ratio", "accept length", "draft share", "equal"):
         table.add_column(name, justify="left" if name in ("row", "load") else "right")
     for result in results:
+        if "failed" in result:
+            table.add_row(result["label"], result["failed"])
         for c in result["cells"]:
+            low, high = c["tokens_per_s_range"]
             table.add_row(
-                result["label"], c["load"], str(c["batch"]), f"{c['tokens_per_s']:.0f}", f"{c['ratio']:.2f}",
-                f"{c['acceptance_length']:.2f}", f"{c['draft_share']:.1%}", f"{c['equal_answers']:.0%}",
+                result["label"], c["load"], str(c["batch"]), f"{c['tokens_per_s']:.0f}", f"{low:.0f}–{high:.0f}",
+                f"{c['ratio']:.2f}", f"{c['acceptance_length']:.2f}", f"{c['draft_share']:.1%}",
+                f"{c['equal_answers']:.0%}",
             )  # fmt: skip
     Console(width=150).print(table)

@@ -104,7 +104,7 @@ def run(settings: Any, rows: Any, in_process: bool, out: Path | None, commit: st
             records.save(record, out / "eval.json")
 
     results = measure(settings, rows, in_process=in_process, on_row=save)
-    for table in filter(None, (report.table(results), report.read_table(results))):
+    for table in report.tables(results):
         Console(width=160).print(table)
     if out is not None:
         report.plot(results, out / "eval.png")

@@ -43,11 +43,13 @@ def describe() -> list[dict[str, Any]]:
             "training": plugin.training,
             "conflicts": list(plugin.conflicts),
             "evidence": {k: list(v) for k, v in plugin.evidence.items()},
+            "resident": None,
             "options": [],
             "problem": None,
         }
         try:
             row["options"] = options.describe(plugin.cls())
+            row["resident"] = plugin.cls()().plan() if plugin.kind == "kv" else None
         except ConfigError as error:
             row["problem"] = str(error)
         rows.append(row)
@@ -66,7 +68,8 @@ def _print(console: Any, row: dict[str, Any]) -> None:
         ("training", row["training"]),
         ("conflicts", ", ".join(row["conflicts"]) or "none"),
     )
-    for label, text in (*facts, ("evidence", evidence or "none")):
+    resident = [("resident", row["resident"])] if row["resident"] else []
+    for label, text in (*facts, *resident, ("evidence", evidence or "none")):
         console.print(f"  {label:<10}{escape(text)}", highlight=False)
     if row["problem"]:
         console.print(f"  [red]{escape(row['problem'])}[/red]\n")

@@ -36,7 +36,7 @@ def report(
     from vllm_ext.evaluation.report import check_plots
     from vllm_ext.moe import report as reports
     from vllm_ext.moe import trace_file
-    from vllm_ext.moe.checkpoint import Checkpoint
+    from vllm_ext.moe.checkpoint import Checkpoint, check_folder
 
     found = trace_file.load(trace)
     size = None
@@ -45,6 +45,7 @@ def report(
         trace_file.check_model(found, trace, given.num_experts, given.top_k, given.layers, model.name)
         size = reports.expert_bytes(given.config, given.layout.width)
     if out is not None:
+        check_folder(out)
         check_plots()
     results = reports.analyse(found, target=target, segments=segments)
     results["expert_bytes"] = size
@@ -97,11 +98,14 @@ def compare(
 
     from vllm_ext import records
     from vllm_ext.cli.eval_cmd import check_dtype
-    from vllm_ext.evaluation.report import table
+    from vllm_ext.evaluation.report import tables
     from vllm_ext.evaluation.settings import Settings
+    from vllm_ext.moe.checkpoint import check_folder
     from vllm_ext.moe.compare import compare as measure
 
     check_dtype(dtype)
+    if out is not None:
+        check_folder(out)
     given: dict[str, Any] = {"texts": texts, "positions": positions, "dtype": dtype, "eager": eager, "memory": memory}
     settings = Settings(model=str(models[0]), tasks=("kl", "ppl"), lengths=(length,), **given)
 
@@ -111,7 +115,8 @@ def compare(
             records.save(record, out / "moe-compare.json")
 
     results = measure(models, settings, in_process=in_process, on_row=save)
-    Console(width=160).print(table(results))
+    for table in tables(results):
+        Console(width=160).print(table)
 
 
 def upcycle(

@@ -29,7 +29,8 @@ def tune(
     from rich.console import Console
 
     from vllm_ext.evaluation.progress import bars
-    from vllm_ext.moe.tune import check_folder, read_shape, report, tune
+    from vllm_ext.moe.checkpoint import check_folder
+    from vllm_ext.moe.tune import read_shape, report, tune
 
     shape = read_shape(model, tensor_parallel, expert_parallel)
     check_folder(out)

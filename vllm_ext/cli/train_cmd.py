@@ -6,7 +6,7 @@ import importlib
 
 import typer
 
-SUBCOMMANDS = ("seer", "lychee", "trim", "layers", "pard")
+SUBCOMMANDS = ("seer", "lychee", "trim", "layers", "thoughts", "pard")
 
 
 def register(app: typer.Typer) -> None:

@@ -1,19 +1,20 @@
 """Free generation: text that a row writes under its plugins, judged by full attention.
 
 Behind `length` tokens of held-out text a row draws `output` tokens x at temperature 1 from its own law q; an end token
-is a token like any other. The same engine then prefills the whole text and gives log p of every drawn token. Prompts
-are prefilled with full attention whatever the plugin (`rows.check_prefill` refuses the others), so p is
-the law of full attention. Per drawn token, in nats:
+is a token like any other. The same engine then prefills the whole text and gives log p of every drawn token. The
+plugins that `rows.check_prefill` lets through leave prefill alone, so p is the law of full attention. Per drawn token,
+in nats:
 
-    nll  E_q[-log p] = H(q, p)             of the dense row: the entropy H(p) of the model's own texts
-    more H(q, p) - H(p)                    row minus dense on the same prompts; no divergence: a row that repeats itself
-                                           can be below 0, which is what the share of distinct 4-grams is for
-    kl   E_q[log q - log p] = KL(q || p)   of whole texts, at least 0; of the dense row: rounding, its decode steps
-                                           against its own prefill
+    nll       E_q[-log p] = H(q, p)             of the dense row: the entropy H(p) of the model's own texts
+    nll_more  H(q, p) - H(p)                    row minus dense behind the same prompts; no divergence: below 0 for a
+                                                row that repeats itself, hence the share of distinct 4-grams beside it
+    kl        E_q[log q - log p] = KL(q || p)   of whole texts, at least 0; of the dense row: rounding, its decode steps
+                                                against its own prefill
 
 kl is estimated along the drawn texts, with log q as the decode steps gave it. Where q is itself random (sampled keys),
 it is an upper bound. The first token of a text comes from the prefill and is exact in every row. Intervals: bootstrap
-over texts, `more` over differences of the same prompt. `seed` is the engine's: rows share it, but not their draws.
+over texts; of nll_more, over the differences of texts behind the same prompt. Rows share the engine's seed, which makes
+a row repeatable, not its draws those of another.
 """
 
 from __future__ import annotations

@@ -29,28 +29,29 @@ TITLES = {
 }
 
 
-def table(results: list[dict[str, Any]]) -> Any:
-    """A rich table: one line for each row and length, one column for each task."""
+def tables(results: list[dict[str, Any]]) -> list[Any]:
+    """Rich tables: one a task that was run, then what decode steps read where a row counts it."""
+    found = [_task_table(results, task) for task in TITLES if any(r.get(task) for r in results)]
+    reads = _read_table(results)
+    return [*found, reads] if reads.row_count else found
+
+
+def _task_table(results: list[dict[str, Any]], task: str) -> Any:
+    """One line for each row and length."""
     from rich.table import Table
 
-    tasks = [t for t in TITLES if any(r.get(t) for r in results)]
-    out = Table(title="quality (95 % intervals)")
+    out = Table(title=f"{task} (95 % intervals)")
     out.add_column("row", overflow="fold")
-    out.add_column("length", justify="right")
-    for title in (t for task in tasks for t in TITLES[task]):
+    for title in ("length", *TITLES[task]):
         out.add_column(title, justify="right")
     for result in results:
-        for length in sorted({c["length"] for t in tasks for c in result.get(t, [])}):
-            cells: list[str] = []
-            for task in tasks:
-                found = [c for c in result.get(task, []) if c["length"] == length]
-                cells += _cells(task, found[0]) if found else ["–"] * len(TITLES[task])
-            out.add_row(result["label"], str(length), *cells)
+        for cell in sorted(result.get(task, []), key=lambda c: c["length"]):
+            out.add_row(result["label"], str(cell["length"]), *_cells(task, cell))
     return out
 
 
-def read_table(results: list[dict[str, Any]]) -> Any:
-    """A rich table of what decode steps read (`reads.Meter.cell`), one line a task; None if no row counts it."""
+def _read_table(results: list[dict[str, Any]]) -> Any:
+    """What decode steps read (`reads.Meter.cell`): one line for each row, task and length that counts it."""
     from rich.table import Table
 
     out = Table(title="read by decode steps, relative to dense")
@@ -61,7 +62,7 @@ def read_table(results: list[dict[str, Any]]) -> Any:
         for task, c in ((t, c) for t in TITLES for c in result.get(t, []) if "read" in c):
             shares = [f"{c['read'][name]:.1%}" for name in ("density", "bytes_sparse_layers", "bytes")]
             out.add_row(result["label"], task, str(c["length"]), *shares)
-    return out if out.row_count else None
+    return out
 
 
 def _cells(task: str, cell: dict[str, Any]) -> list[str]:

@@ -159,13 +159,25 @@ def expert_tensors(layout: Layout, layer: int, experts: Experts) -> dict[str, to
     return tensors
 
 
+def check_folder(folder: Path) -> None:
+    """Make the folder of results.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out '{folder}' cannot be made ({error.strerror}); give a folder to write to.") from None
+
+
 class Writer:
     """Writes a model directory shard by shard; nothing is a model before `close`."""
 
     def __init__(self, out: Path, template: Path) -> None:
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"--out {out} exists and is not empty; choose another directory.")
-        out.mkdir(parents=True, exist_ok=True)
+        check_folder(out)
         self.out, self.template = out, template
         self._map: dict[str, str] = {}
         self._bytes = 0
@@ -187,4 +199,6 @@ class Writer:
             if path.is_file() and not skip:
                 shutil.copy(path, self.out / path.name)
         write_json(self.out / "config.json", config)
+        for name in set(self._map.values()):  # safetensors keeps them from all other users
+            shutil.copymode(self.out / "config.json", self.out / name)
         return self.out

@@ -43,15 +43,16 @@ def compare(
                 f"{other.folder.name} has another vocabulary than {opened[0].folder.name}; compare models of one "
                 "origin."
             )
+    jobs = [replace(settings, model=str(m.folder), tasks=("kl", "ppl")) for m in opened]
+    for job in jobs:
+        job.check()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="vllm-ext-compare-") as scratch:
-        for number, checkpoint in enumerate(opened):
+        for number, (checkpoint, own) in enumerate(zip(opened, jobs)):
             print(f"[{number + 1}/{len(opened)}] {checkpoint.folder.name}", file=sys.stderr, flush=True)
-            own = replace(settings, model=str(checkpoint.folder), tasks=("kl", "ppl"))
-            own.check()
-            job: dict[str, Any] = {"settings": own.to_json(), "label": checkpoint.folder.name, "options": {}}
-            job |= {"scratch": scratch, "recording": number == 0}
-            result = run_job(job) if in_process else fresh_process("vllm_ext.evaluation.run:run_job", job)
+            task: dict[str, Any] = {"settings": own.to_json(), "label": checkpoint.folder.name, "options": {}}
+            task |= {"scratch": scratch, "recording": number == 0}
+            result = run_job(task) if in_process else fresh_process("vllm_ext.evaluation.run:run_job", task)
             results.append(result | {"num_experts": checkpoint.num_experts, "parameters": checkpoint.parameters()})
             on_row(results)
     return results

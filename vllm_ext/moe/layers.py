@@ -132,8 +132,16 @@ class Router(BaseRouter):
         for observer in self.observers:
             observer(hidden_states, router_logits, weights, ids)
         if not own and (self.capture_fn is not None or not self.skips):
-            ids = ids.clamp(min=0)  # an unused column has weight 0: any valid expert gives the same sum
+            ids = filled(ids)
         return weights, ids if indices_type is None else ids.to(indices_type)
+
+
+def filled(ids: torch.Tensor) -> torch.Tensor:
+    """[T, W] expert ids, with the token's first one in columns that are not used: their weight is 0, so any would do.
+
+    One expert for all of them would get their rows, and their load in EPLB's eyes.
+    """
+    return torch.where(ids < 0, ids[:, :1].clamp(min=0), ids)
 
 
 def _check_router(plugin: MoEMethod, stock: Any, routed_experts: Any) -> None:
@@ -145,6 +153,8 @@ def _check_router(plugin: MoEMethod, stock: Any, routed_experts: Any) -> None:
         "its own routing function": routed_experts.custom_routing_function is not None,
         "zero experts": isinstance(stock, ZeroExpertRouter),
         "a scaled routed output": routed_experts.routed_scaling_factor != 1.0,
+        f"the {routed_experts.scoring_func} scores": routed_experts.scoring_func != "softmax",
+        "experts chosen by token id": routed_experts.moe_config.has_hash_routing,
     }
     if found := [text for text, present in special.items() if present]:
         raise ConfigError(f"--plugins {name} cannot honour {found[0]} of this model's router; drop the plugin.")
@@ -231,7 +241,7 @@ class _Experts:
             )  # fmt: skip
             return None
         if self.kernel.skips:
-            topk_ids = topk_ids.clamp(min=0)  # the stock kernel cannot skip
+            topk_ids = filled(topk_ids)  # the stock kernel cannot skip
         return super().apply(  # type: ignore[misc]
             output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
             a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
@@ -262,6 +272,8 @@ def facts(moe: Any, renormalize: bool = True, name: str = "") -> LayerFacts:
         dtype=moe.in_dtype,
         device=moe.device,
         max_tokens=moe.max_num_tokens,
+        expert_ranks=moe.ep_size,
+        redundant_experts=moe.num_experts - moe.num_logical_experts,
     )
 
 

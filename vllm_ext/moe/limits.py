@@ -16,6 +16,7 @@ COMPATIBILITY = {
     "quantized experts": "routers and traces work; experts kernels leave them stock",
     "kernels that route by themselves (monolithic)": "refused: --moe-backend triton",
     "tensor and expert parallelism, EPLB": "left to vLLM, behind the router: its maps and load counts stay its own",
+    "expert parallelism on CPUs": "with sonic_moe; vLLM's own experts do not support it there",
     "--enable-return-routed-experts": "works; shows the plugin's choice",
     "CUDA graphs, torch.compile, model runners V1 and V2": "works",
     "chunked prefill, mixed batches, prefix caching, preemption": "works",
@@ -35,6 +36,7 @@ def check(plugin: MoEMethod, cfg: Any) -> None:
         _fail(f"--plugins {name} needs a mixture-of-experts model, which {model.model} is not; drop the plugin.")
     if cfg.lora_config is not None:
         _fail(f"--plugins {name} does not support LoRA adapters on MoE layers; drop --enable-lora or the plugin.")
+    _check_expert_parallel(name, cfg)
     if not (plugin.routes or plugin.observes):
         return
     if cfg.kernel_config.moe_backend in ROUTING_BACKENDS:
@@ -44,6 +46,21 @@ def check(plugin: MoEMethod, cfg: Any) -> None:
         )
     if plugin.routes and (special := special_routing(model.hf_text_config)):
         _fail(f"--plugins {name} cannot honour {special} of {model.model}'s router; drop the plugin.")
+
+
+def _check_expert_parallel(name: str, cfg: Any) -> None:
+    """vLLM's experts for CPUs take the ids of other ranks' experts for their own, and crash."""
+    from vllm.platforms import current_platform
+
+    from vllm_ext.config import SECTION
+
+    if not (current_platform.is_cpu() and cfg.parallel_config.enable_expert_parallel):
+        return
+    if "sonic_moe" not in cfg.additional_config.get(SECTION, {}):
+        _fail(
+            f"--plugins {name}: vLLM's experts on CPUs do not support --enable-expert-parallel; add sonic_moe to "
+            "--plugins, or drop the flag."
+        )
 
 
 def special_routing(hf: Any) -> str:

@@ -52,7 +52,7 @@ class Plan:
                 f"--experts must be between {low} (the experts a token uses) and {high} for "
                 f"{source.folder.name}, which has {source.num_experts}; got {self.experts}."
             )
-        if self.step <= 0:
+        if not 0 < self.step < float("inf"):
             raise ConfigError(f"--step must be above 0, got {self.step}.")
 
 

@@ -33,6 +33,8 @@ class LayerFacts:
         renormalize: whether the model scales the K weights to sum 1.
         dtype, device: of the activations.
         max_tokens: most rows of one call.
+        expert_ranks: ranks that share the experts out (expert parallelism); 1 = every rank has a part of each.
+        redundant_experts: second copies of experts, over all ranks (EPLB).
     """
 
     name: str
@@ -45,6 +47,13 @@ class LayerFacts:
     dtype: torch.dtype
     device: Any
     max_tokens: int
+    expert_ranks: int = 1
+    redundant_experts: int = 0
+
+    @property
+    def local_experts(self) -> int:
+        """Experts that a rank holds, at most."""
+        return -(-(self.num_experts + self.redundant_experts) // self.expert_ranks)
 
 
 class Routing(Protocol):

@@ -40,6 +40,9 @@ def upcycle(
     config = llama_config(dense)
     if not 1 <= top_k <= experts:
         raise ConfigError(f"--top-k must be between 1 and --experts ({experts}), got {top_k}.")
+    for option, value in (("noise", noise), ("router", router)):
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"--{option} must be at least 0, got {value}.")
     generator = torch.Generator().manual_seed(seed)
     weights = {k: w for p in sorted(dense.glob("*.safetensors")) for k, w in load_file(p).items()}
     writer = Writer(out, dense)

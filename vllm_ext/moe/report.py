@@ -29,10 +29,12 @@ def analyse(trace: Trace, *, target: float = 0.9, segments: int = 64) -> dict[st
         segments: most segments in the cache simulations, evenly spread; the rest uses all.
 
     Raises:
-        ConfigError: `target` is no share, or the trace has no segment of the shortest window.
+        ConfigError: `target` is no share, no segments, or the trace has none of the shortest window.
     """
     if not 0 < target <= 1:
         raise ConfigError(f"--target must be above 0 and at most 1, got {target}.")
+    if segments < 1:
+        raise ConfigError(f"--segments must be at least 1, got {segments}.")
     cut = consistency.segments(trace.requests, SEGMENT)
     if max(map(len, cut)) < WINDOWS[0]:
         raise ConfigError(f"the trace holds no {WINDOWS[0]} consecutive tokens; trace longer requests.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_ext.moe.method import LayerFacts, MoEMethod
@@ -85,10 +85,10 @@ class SonicMoE(MoEMethod):
 
         if current_platform.is_cpu():
             return ReferenceExperts()
-        shape = Shape(layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size)
+        shape = Shape(layer.local_experts, layer.top_k, layer.hidden_size, layer.intermediate_size)
         _check_sizes(shape)
         assert layer.dtype in (torch.bfloat16, torch.float16)
-        return SonicExperts(shape, self._table(shape), self.calls == "all")
+        return SonicExperts(shape, self._table(shape), self.calls == "all", layer.expert_ranks)
 
     def loaded(self, worker: Any, layers: Sequence[Any]) -> None:
         """See MoEMethod; compiles every kernel that a call can need, so that no request waits for a compiler."""
@@ -107,23 +107,30 @@ class SonicMoE(MoEMethod):
 
 @dataclass
 class SonicExperts:
-    """See method.ExpertsKernel."""
+    """See method.ExpertsKernel. Of `ranks` that share the experts out, one computes its share of a call's pairs.
+
+    The table was measured with all pairs on the rank, so it is read at that share of the tokens.
+    """
 
     shape: Shape
     table: Table
     everything: bool
+    ranks: int = 1
     skips: bool = True
 
     def covers(self, tokens: int) -> bool:
         """See method.ExpertsKernel."""
-        return self.everything or self.table.covers(tokens)
+        return self.everything or self.table.covers(self._share(tokens))
 
     def tiles(self, tokens: int) -> Any:
         """Measured tiles, or the general rule for a shape without."""
         from vllm_ext.kernels.sonic_moe import default_tiles
 
-        rows = tokens * self.shape.k / self.shape.experts
-        return self.table.tiles(tokens) if self.table.rows else default_tiles(rows)
+        share = self._share(tokens)
+        return self.table.tiles(share) if self.table.rows else default_tiles(share * self.shape.k / self.shape.experts)
+
+    def _share(self, tokens: int) -> int:
+        return -(-tokens // self.ranks)
 
     def __call__(
         self,
@@ -175,10 +182,13 @@ class ReferenceExperts:
 
 
 def _shape(vllm_config: Any) -> Shape:
-    """The expert layer of a rank."""
-    parallel = vllm_config.parallel_config
-    cut = 1 if parallel.enable_expert_parallel else parallel.tensor_parallel_size
-    return from_config(vllm_config.model_config.hf_text_config, cut)
+    """The expert layer of a rank: vLLM spreads it over all ranks of tensor, context and data parallelism."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config.hf_text_config
+    ranks = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size * parallel.data_parallel_size
+    if not parallel.enable_expert_parallel:
+        return from_config(model, ranks)
+    whole = from_config(model)
+    return replace(whole, experts=-(-(whole.experts + parallel.eplb_config.num_redundant_experts) // ranks))
 
 
 def _check_sizes(shape: Shape) -> None:

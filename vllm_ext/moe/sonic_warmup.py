@@ -38,7 +38,8 @@ def compile_kernels(kernel: SonicExperts, layer: Any) -> None:
     """Compile every variant that the calls of a layer (`layers.Runner`) can need."""
     most, weights = layer.facts.max_tokens, layer.routed_experts.w13_weight
     shape = replace(kernel.shape, experts=weights.shape[0])
-    sizes = {most, *(r.tokens for r in kernel.table.rows if r.tokens < most), *(2**i for i in range(most.bit_length()))}
+    rows = {r.tokens * kernel.ranks for r in kernel.table.rows}
+    sizes = {most, *(r for r in rows if r < most), *(2**i for i in range(most.bit_length()))}
     for size in sorted(s for s in sizes if kernel.covers(s)):
         mapped = layer.routed_experts.expert_map is not None
         compile_call(shape, size, kernel.tiles(size), weights.dtype, mapped)

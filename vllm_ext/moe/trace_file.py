@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,17 +50,13 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Write the file, replacing an older one in one step; OSError if it cannot be written."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         facts = {"format": FORMAT, "model": self.model, "num_experts": str(self.num_experts), "top_k": str(self.top_k)}
         facts["layers"] = json.dumps(list(self.layers))
         arrays = {"experts": self.experts, "offsets": self.offsets, "first": self.first, "prompt": self.prompt}
         part = path.with_name(path.name + ".part")
-        try:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata=facts)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        part.write_bytes(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=facts))
         os.replace(part, path)
 
 
@@ -102,10 +99,12 @@ def load(path: Path) -> Trace:
 
 
 def check_model(trace: Trace, path: Path, num_experts: int, top_k: int, layers: list[int], model: str) -> None:
-    """Raise ConfigError if `trace` cannot be of a model with these MoE layers."""
+    """Raise ConfigError if `trace` cannot be of a model with these MoE layers; say so if it has another name."""
     theirs = (trace.num_experts, trace.top_k, list(trace.layers))
     if theirs != (num_experts, top_k, layers):
         raise ConfigError(
             f"trace '{path}' is of {trace.model} ({trace.num_experts} experts, {trace.top_k} a token, "
             f"{len(trace.layers)} layers), not of {model} ({num_experts}, {top_k}, {len(layers)}); trace that model."
         )
+    if trace.model != model:  # it may have been renamed
+        print(f"note: trace '{path}' is of {trace.model}, taken for {model} since their sizes agree.", file=sys.stderr)

@@ -226,24 +226,15 @@ def _save(path: Path, shape: Shape, rows: list[dict[str, Any]]) -> None:
     records.save(records.record("moe tune", rows, shape=asdict(shape)), _record(path))
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder of the results.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out '{folder}' cannot be made ({error.strerror}); give a folder to write to.") from None
-
-
 def read_shape(model: str, tensor_parallel: int = 1, expert_parallel: int = 1) -> Shape:
     """The expert layer of a rank, from a name of `SHAPES` or a model directory.
 
     Raises:
         ConfigError: no such model, not an MoE model, quantized experts, or ranks that do not divide it.
     """
+    for option, ranks in (("tensor", tensor_parallel), ("expert", expert_parallel)):
+        if ranks < 1:
+            raise ConfigError(f"--{option}-parallel must be at least 1, got {ranks}.")
     if model in SHAPES:
         config: dict[str, Any] = {}
         shape = cut(SHAPES[model], tensor_parallel)

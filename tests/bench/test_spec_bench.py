@@ -1,0 +1,134 @@
+"""`vllm-ext bench spec`: what it refuses, one run of a tiny model on a CPU, and the table of its record."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_ext import results
+from vllm_ext.bench.spec import engine_args, parse_spec_row
+
+Refused = Callable[[list[str], str], None]
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        (["--load", "poem"], "--load 'poem' does not exist"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--row", "suffix_automaten"], "did you mean 'suffix_automaton'"),
+        pytest.param(
+            ["--row", "vllm:suffix,num_speculative_tokens=4"],
+            "needs the package arctic-inference",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("arctic_inference") is not None, reason="the package is installed"
+            ),
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(assert_refused: Refused, tmp_path: Path, extra: list[str], word: str) -> None:
+    assert_refused(["bench", "spec", str(tmp_path), *extra], word)
+
+
+def test_vllms_own_methods_are_rows() -> None:
+    row = parse_spec_row("vllm:draft_model,model=/m/draft,num_speculative_tokens=3")
+    given = {"method": "draft_model", "model": "/m/draft", "num_speculative_tokens": 3}
+    assert engine_args(row.label, row.options) == {"speculative_config": given}
+    assert engine_args("none", parse_spec_row("none").options) == {}
+
+
+RUN = """
+import sys
+from vllm_ext.bench import spec, spec_loads
+from vllm_ext.models import tiny_llama
+
+
+class Ids:
+    "A tokenizer of bytes: the loads' own texts, without their words."
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [5 + b % 200 for b in text.encode()[:90]]}
+
+
+import transformers
+transformers.AutoTokenizer.from_pretrained = lambda *a, **k: Ids()
+plan = {"model": sys.argv[1], "loads": ["agent"], "batches": [2], "requests": 3, "output": 12, "repeats": 2}
+job = {"plan": plan | {"eager": True, "max_model_len": 256}, "label": sys.argv[2]}
+job["options"] = spec.parse_spec_row(sys.argv[2]).options
+base = spec.engine_args
+spec.engine_args = lambda *a: {"skip_tokenizer_init": True, "dtype": "float32"} | base(*a)
+import json
+print("RESULT " + json.dumps(spec.run_job(job)))
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("row", ["suffix_automaton:num_speculative_tokens=4", "vllm:draft_model"])
+def test_a_row_is_timed_and_counted(tiny_model: Path, row: str) -> None:
+    """A tiny random model; as a draft model of itself it is always right, so all positions are accepted as often."""
+    if row == "vllm:draft_model":
+        row += f",model={tiny_model},num_speculative_tokens=3"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN, str(tiny_model), row], capture_output=True, text=True, timeout=300,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("RESULT ")[1])
+    [cell] = found["cells"]
+    assert found["engine"]["model_runner"] == "v1"
+    assert cell["output_tokens"] == sum(map(len, cell["answers"])) == 72
+    assert len(cell["seconds"]) == 2
+    low, high = cell["tokens_per_s_range"]
+    assert low <= cell["tokens_per_s"] <= high
+    assert 0 < cell["draft_share"] < 1
+    assert cell["accepted"] == pytest.approx(sum(cell["accepted_at"]) * cell["drafts"])
+    assert cell["acceptance_length"] == pytest.approx(1 + sum(cell["accepted_at"]))
+    assert cell["drafted"] > 0
+    if "draft_model" in row:
+        assert cell["accepted"] > 0.7 * cell["drafted"]  # all but those of a request's last step
+        assert len(cell["accepted_at"]) == 3
+        assert 2 < cell["tokens_per_step"] <= 12
+
+
+def cell(batch: int, speed: float, **more: object) -> dict[str, object]:
+    """As much of a cell as its table shows."""
+    base = {"load": "chat", "batch": batch, "tokens_per_s": speed, "tokens_per_s_range": [speed - 1, speed + 1]}
+    return base | {"seconds": [1.0, 1.1], "ratio": speed / 100, "equal_answers": 1.0, "drafts": 0} | more
+
+
+def test_records_become_tables(tmp_path: Path) -> None:
+    drafted = {
+        "drafts": 10,
+        "tokens_per_step": 1.5,
+        "acceptance_length": 1.75,
+        "accepted_at": [0.5, 0.25, 0.0],
+        "draft_share": 0.031,
+    }
+    engine = {"model_runner": "v2"}
+    rows = [
+        {"label": "none", "engine": engine, "cells": [cell(1, 100.0), cell(8, 100.0)]},
+        {"label": "ngram", "engine": engine, "cells": [cell(1, 150.0, **drafted), cell(8, 97.0, **drafted)]},
+        {"label": "vllm:suffix", "failed": "no such package.", "cells": []},
+    ]
+    settings = {"model": "/somewhere/tiny", "loads": ["chat"], "batches": [1, 8], "repeats": 2, "eager": False}
+    versions = {"vllm": "0", "torch": "0", "triton": None}
+    record = {"command": "bench spec", "device": "a device", "versions": versions, "argv": ["bench", "spec"]}
+    (tmp_path / "spec.json").write_text(json.dumps(record | {"settings": settings, "results": rows}))
+    times = {"context": [64], "batch": [1], "drafts": [0, 4], "seconds": [[[0.001, 0.0015]]]}
+    times |= {"iqr": [[[[0.0009, 0.0011], [0.0014, 0.0016]]]], "drafter": "ngram"}
+    (tmp_path / "cost.json").write_text(json.dumps(record | {"command": "bench cost-table", "results": [times]}))
+    text = results.tables(tmp_path, tmp_path)
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["chat", "1", "none", "100 (99–101)", "1.00x", "1.00", "–", "–", "–", "100%"] in lines
+    assert ["chat", "8", "`ngram`", "97 (96–98)", "0.97x", "1.50", "1.75", ".50 .25 .00", "3.1%", "100%"] in lines
+    assert ["1", "64", "1.00 (0.90–1.10)", "1.50 (1.40–1.60)"] in lines
+    assert "* `vllm:suffix` failed: no such package." in text
+    assert "Speculation, tiny, greedy, 2 repeats (model runner V2, CUDA graphs)" in text
