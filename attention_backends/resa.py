@@ -22,8 +22,8 @@ class Resa(HostedMethod):
     hit the mean is that of the queries computed now: answers can then differ from the first run's. A request with fewer
     than `min_queries` of them, or beyond `slots` running requests, is served by the host alone.
 
-    `gate` drops the prior, by head and step, where it explains too little of the logits that were read (not in the
-    paper).
+    By head and step the prior counts in proportion to the variance of the read logits that it explains, and is dropped
+    below `gate` of it (not in the paper; null for the paper's form).
     """
 
     name: ClassVar[str] = "resa"
@@ -31,7 +31,7 @@ class Resa(HostedMethod):
 
     lambda_: float = option(1.0, "weight of the estimate; 0 = the host alone", minimum=0, maximum=1, paper="by task")
     gate: float | None = option(
-        0.0, "least share of the read logits' variance that the prior explains; null = no gate", maximum=1
+        0.0, "least share of the read logits' variance that the prior explains; null = count it wholly", maximum=1
     )
     slots: int = option(64, "requests that can hold a prior at a time", unit="requests", minimum=1)
     min_queries: int = option(64, "computed prompt queries that a prior needs", unit="tokens", minimum=1)

@@ -75,7 +75,7 @@ def residual_attention(
     Args:
         q: [m, Hq, D]; ids: [H, c] the list; weight: lambda, 0 = the list alone.
         gate: a row drops the prior where it explains less than this share of the variance of the logits that were
-            read; -inf = never.
+            read, and otherwise trusts it by that share; -inf = always and wholly.
     """
     out, lse = reference.sparse_attention(q, k_cache, v_cache, pages, ids, n, scale)
     if not prior.covered or not weight:
@@ -94,11 +94,13 @@ def residual_attention(
         estimate = mu[h] @ keys.T * scale
         p = (estimate - level[h][:, None]).exp()
         rest = 1 - p.sum(1)
-        use = (rest > LEAST_REST) & (explained(rows[h] @ keys.T * scale, estimate) >= gate)
+        share = explained(rows[h] @ keys.T * scale, estimate)
+        use = (rest > LEAST_REST) & (share >= gate)
+        trust = torch.ones_like(share) if gate == -math.inf else share.clamp(0, 1)
         shift = ((rows[h] - mu[h]) @ prior.mean_key[h]) * scale
         lse_rest = level[h] + rest.clamp(min=LEAST_REST).log() + shift + math.log(weight)
         lse_rest = lse_rest.masked_fill(~use, -math.inf)
         out_rest = (shared[h] - p @ values) / rest.clamp(min=LEAST_REST)[:, None]
-        part = torch.sigmoid(lse_rest - grouped(lse[..., None], heads)[h, :, 0])[:, None]
+        part = (trust * torch.sigmoid(lse_rest - grouped(lse[..., None], heads)[h, :, 0]))[:, None]
         mean[h] = grouped(out, heads)[h] + part * (out_rest - grouped(out, heads)[h])
     return mean.view(heads, m, g, d).transpose(0, 1).reshape(m, hq, d).to(q.dtype)

@@ -116,7 +116,8 @@ def _add_prior(
     use = (rest > _LEAST) & (explains >= gate)
     rest = tl.maximum(rest, _LEAST)
     shared = tl.load(SHARED + here, mask=inside, other=0.0)
-    portion = tl.where(use, tl.sigmoid(level + tl.log(rest) + shift + log_weight - lse), 0.0)
+    trust = tl.where(gate == float("-inf"), 1.0, tl.minimum(tl.maximum(explains, 0.0), 1.0))
+    portion = tl.where(use, trust * tl.sigmoid(level + tl.log(rest) + shift + log_weight - lse), 0.0)
     return out + portion[:, None] * ((shared - pacc) / rest[:, None] - out)
 
 

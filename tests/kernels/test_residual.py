@@ -122,11 +122,18 @@ def test_prior_helps_when_queries_share_a_mean() -> None:
 
 
 def test_gate() -> None:
-    """A prior that explains nothing of the logits is dropped; one that explains them stays."""
+    """A prior that explains nothing of the logits is dropped; what explains a share of them counts by that share."""
     p, pages, prior, ids = setup()
     assert not torch.allclose(attend(p, pages, prior, ids, gate=0.0), exact(p, pages, ids), atol=1e-3)
     wrong = make_prior(-3 * prior.mu, p.k_cache, p.v_cache, pages, p.lens[0], p.scale)
     assert torch.equal(attend(p, pages, wrong, ids, gate=0.0), exact(p, pages, ids))
+    host, whole, trusted = exact(p, pages, ids), attend(p, pages, prior, ids), attend(p, pages, prior, ids, gate=0.0)
+    share = ((trusted - host) * (whole - host)).sum(-1) / (whole - host).square().sum(-1)
+    for h in range(2):
+        keys = p.k_cache[pages[ids[h][ids[h] < PAGES].long()], h].flatten(0, 1)
+        for hq in (2 * h, 2 * h + 1):
+            want = explained(p.q[:, hq] @ keys.T, (prior.mu[hq] @ keys.T).expand(2, -1)).clamp(0, 1)
+            assert torch.allclose(share[:, hq], want, atol=1e-3)
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(explained(x, x + 2), torch.ones(3))
     assert (explained(x, -x) < 0).all()
