@@ -215,8 +215,6 @@ class Stages:
         Between steps, outside a capture, after `allocate`. The arguments are those of a step: their dtypes and strides
         count. Only the buffers that every step fills are written.
         """
-        if self.warm:
-            return
         before, self.warm = self.stats.clone(), True
         d, width = self.dims, block_table.stride(0)
         for requests in request_counts(d.max_requests, d.num_kv_heads):

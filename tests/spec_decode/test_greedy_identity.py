@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from noisy_model import noisy_copy
 
 from vllm_ext.spec_decode.draft_length import SHAPE
 
@@ -46,15 +46,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def draft(tiny: Path) -> Path:
     """The model with some noise on its weights, so that some of its drafts are rejected; it names a mask token."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = tiny.parent / "draft"
-    shutil.copytree(tiny, folder)
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(folder / "model.safetensors")
-    noisy = {k: w + 0.1 * w.std(correction=0) * torch.randn(w.shape, generator=generator) for k, w in weights.items()}
-    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = noisy_copy(tiny)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pard_token": 3}))
     return folder

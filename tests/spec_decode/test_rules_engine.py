@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from noisy_model import noisy_copy
 
 OUTPUT = 24
 
@@ -26,15 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def draft(model: Path) -> Path:
     """The target with some noise on its weights: a drafter that is right now and then."""
-    from safetensors.torch import load_file, save_file
-
-    folder = model.parent / "draft"
-    shutil.copytree(model, folder)
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(folder / "model.safetensors")
-    noisy = {k: w + 0.1 * w.std(correction=0) * torch.randn(w.shape, generator=generator) for k, w in weights.items()}
-    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return noisy_copy(model)
 
 
 def run(runner: str, model: Path, plugins: dict[str, dict[str, Any]]) -> dict[str, Any]:

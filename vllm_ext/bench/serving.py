@@ -373,8 +373,8 @@ def serving_table(results: list[dict[str, Any]]) -> Any:
         table.add_column(name, justify="right")
     for i in range(len(results[0]["cells"]) if results else 0):
         for result in results:
-            c = result["cells"][i]
-            evicting = "–" if eviction_share(c) is None else f"{eviction_share(c):.1%}"
+            c, share = result["cells"][i], eviction_share(result["cells"][i])
+            evicting = "–" if share is None else f"{share:.1%}"
             table.add_row(
                 c["load"], result["label"], f"{c['tokens_per_s']:.0f}", f"{c['ratio']:.2f}x", str(c["peak_running"]),
                 str(c["preemptions"]), f"{c['ttft_p50_s']:.1f} / {c['ttft_p99_s']:.1f}",
