@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.options import ConfigError
+
 DISTRIBUTIONS = {
     "torch": ("torch",),
     "triton": ("triton", "pytorch-triton"),
@@ -40,6 +42,26 @@ def record(command: str, results: Any, *, commit: str | None = None, **extra: An
         **extra,
     }
     return portable(data) | {"results": results}
+
+
+def kept(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of an earlier record of the same measurement, to be continued; [] where there is none.
+
+    Args:
+        path: the record.
+        settings: of this run; the record must have the same, on the same device with the same versions.
+
+    Raises:
+        ConfigError: it was made otherwise.
+    """
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    now = json.loads(json.dumps(portable({"device": device_name(), "versions": versions(), "settings": settings})))
+    for name, value in now.items():
+        if data.get(name) != value:
+            raise ConfigError(f"--resume: {path} has other {name}; repeat its options, or give another --out.")
+    return data["results"]
 
 
 def portable(value: Any) -> Any:

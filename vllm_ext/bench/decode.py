@@ -2,7 +2,8 @@
 
 All requests decode together; only such steps are timed, on the host clock, between the results of consecutive steps
 of vLLM's engine core (asynchronous scheduling and CUDA graphs as vLLM sets them). Prompts are random tokens and are
-really prefilled, so every request has pages of its own.
+really prefilled, so every request has pages of its own; with `logit_std` their attention is left out and their keys
+are synthetic (see `synthetic`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ import dataclasses
 import itertools
 import re
 import statistics
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm_ext.bench import shapes
+from vllm_ext.bench.synthetic import synthetic_prompts
 from vllm_ext.evaluation.rows import Row
 from vllm_ext.options import ConfigError
 
@@ -67,6 +67,7 @@ class Plan:
         memory: vLLM's gpu_memory_utilization.
         stock_block_size: block size of the stock row; None = vLLM's default.
         seed: of the prompts.
+        logit_std: standard deviation of the attention logits of synthetic keys; None = the model's own keys.
     """
 
     config: dict[str, Any]
@@ -78,6 +79,7 @@ class Plan:
     memory: float = 0.9
     stock_block_size: int | None = None
     seed: int = 0
+    logit_std: float | None = None
 
     def check(self) -> None:
         """Refuse values that time nothing.
@@ -90,6 +92,8 @@ class Plan:
         for name, value, low in (("steps", self.steps, 2), ("repeats", self.repeats, 1), ("warmup", self.warmup, 1)):
             if value < low:
                 raise ConfigError(f"--{name} must be at least {low}, got {value}.")
+        if self.logit_std is not None and not self.logit_std > 0:
+            raise ConfigError(f"--peaked must be above 0, got {self.logit_std:g}.")
         limit = self.config["max_position_embeddings"]
         if self.longest > limit:
             raise ConfigError(f"--case needs {self.longest} positions with the output, the shape has {limit}.")
@@ -103,6 +107,10 @@ class Plan:
     def longest(self) -> int:
         """Tokens of the longest request, output included."""
         return max(c.context + self.output(c) for c in self.cases)
+
+    def prompts(self) -> contextlib.AbstractContextManager[None]:
+        """Holds while the engine lives: what its prompts are made of."""
+        return contextlib.nullcontext() if self.logit_std is None else synthetic_prompts(self.logit_std, self.seed)
 
     def engine_args(self, row: Row) -> dict[str, Any]:
         """Arguments of `vllm.LLM` for one row."""
@@ -126,18 +134,24 @@ class Plan:
 
 
 def bench_rows(
-    plan: Plan, rows: list[Row], on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None
+    plan: Plan,
+    rows: list[Row],
+    on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None,
+    kept: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Time every row, each engine in a process of its own; the first row must be the dense one.
+
+    `kept` holds results of an earlier run, dense first; their rows are not timed again.
 
     Returns:
         one JSON-ready result a row, with one cell a case; also given to `on_row` after every row.
     """
-    from vllm_ext.evaluation.run import fresh_process
+    from vllm_ext.evaluation.worker import fresh_process
 
     plan.check()
-    results: list[dict[str, Any]] = []
-    for row in rows:
+    results = list(kept)
+    known = {r["label"] for r in results}
+    for row in [row for row in rows if row.label not in known]:
         job = {"plan": dataclasses.asdict(plan), "label": row.label, "options": row.options}
         result = fresh_process("vllm_ext.bench.decode:run_job", job)
         results.append(result)
@@ -158,11 +172,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     prepare_process()
     began = time.monotonic()
     result: dict[str, Any] = {"label": row.label, "options": row.options, "copy_bandwidth": shapes.copy_bandwidth()}
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as folder:
-        model = shapes.write_model(plan.config, Path(folder) / "model")
-        with engine(model, plan.engine_args(row)) as llm, bars(row.label) as advance:
-            result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
-            result["cells"] = [_case(llm, plan, case, advance) for case in plan.cases]
+    model, arguments = shapes.model_dir(plan.config), plan.engine_args(row)
+    with plan.prompts(), engine(model, arguments) as llm, bars(row.label) as advance:
+        result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
+        result["cells"] = [_case(llm, plan, case, advance) for case in plan.cases]
     return result
 
 

@@ -10,11 +10,9 @@ import contextlib
 import dataclasses
 import re
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vllm_ext.bench import shapes
@@ -137,18 +135,24 @@ class ServingPlan:
 
 
 def bench_serving(
-    plan: ServingPlan, rows: list[ServingRow], on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None
+    plan: ServingPlan,
+    rows: list[ServingRow],
+    on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None,
+    kept: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Serve every load with every row; the first row must be stock.
+
+    `kept` holds results of an earlier run, stock first; their rows are not served again.
 
     Returns:
         one JSON-ready result a row, with one cell a load; also given to `on_row` after every row.
     """
-    from vllm_ext.evaluation.run import fresh_process
+    from vllm_ext.evaluation.worker import fresh_process
 
     plan.check()
-    results: list[dict[str, Any]] = []
-    for row in rows:
+    results = list(kept)
+    known = {r["label"] for r in results}
+    for row in [row for row in rows if row.row.label not in known]:
         job = {"plan": dataclasses.asdict(plan), "row": dataclasses.asdict(row)}
         results.append(fresh_process("vllm_ext.bench.serving:run_job", job))
         for cell, stock in zip(results[-1]["cells"], results[0]["cells"]):
@@ -167,17 +171,15 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     prepare_process()
     began = time.monotonic()
     result: dict[str, Any] = {"label": row.row.label, "options": row.row.options, "extra": row.extra}
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as folder:
-        model = shapes.write_model(plan.config, Path(folder) / "model")
-        with engine(model, plan.engine_args(row)) as llm:
-            cache = llm.llm_engine.vllm_config.cache_config
-            result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
-            result |= {"pool_bytes": plan.pool_bytes, "pool_tokens": cache.num_gpu_blocks * cache.block_size}
-            result |= {"num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size}
-            warm = [dataclasses.replace(x, requests=2, output=min(x.output, 600)) for x in plan.loads]
-            for load in warm:
-                _serve(llm, plan, load, plan.seed + 1)
-            result["cells"] = [_serve(llm, plan, load, plan.seed) for load in plan.loads]
+    with engine(shapes.model_dir(plan.config), plan.engine_args(row)) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        result["engine"] = describe(llm) | {"start_s": round(time.monotonic() - began, 1)}
+        result |= {"pool_bytes": plan.pool_bytes, "pool_tokens": cache.num_gpu_blocks * cache.block_size}
+        result |= {"num_blocks": cache.num_gpu_blocks, "block_size": cache.block_size}
+        warm = [dataclasses.replace(x, requests=2, output=min(x.output, 600)) for x in plan.loads]
+        for load in warm:
+            _serve(llm, plan, load, plan.seed + 1)
+        result["cells"] = [_serve(llm, plan, load, plan.seed) for load in plan.loads]
     return result
 
 

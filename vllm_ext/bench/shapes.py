@@ -6,11 +6,14 @@ contexts with their output fit. `tiny` is no public model: it checks the command
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.models import cache_dir
 from vllm_ext.options import ConfigError, did_you_mean
 
 ELEMENT = 2
@@ -35,10 +38,17 @@ def load_shape(name: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def write_model(config: dict[str, Any], folder: Path) -> Path:
-    """A model directory without weights, for `load_format="dummy"`."""
+def model_dir(config: dict[str, Any]) -> Path:
+    """A cached model directory without weights, for `load_format="dummy"`.
+
+    One path a shape: vLLM's compilation cache goes by the path, so that a second run of the same row starts faster.
+    """
+    text = json.dumps(config, indent=1)
+    folder = cache_dir() / "shapes" / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    part = folder / f"config.json.{os.getpid()}"
+    part.write_text(text)
+    part.rename(folder / "config.json")
     return folder
 
 

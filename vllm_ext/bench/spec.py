@@ -92,7 +92,7 @@ def bench_spec(
     plan: SpecPlan, rows: list[Row], on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None
 ) -> list[dict[str, Any]]:
     """Time every row; one JSON-ready result a row, with one cell a load and batch. A row that fails says why."""
-    from vllm_ext.evaluation.run import fresh_process
+    from vllm_ext.evaluation.worker import fresh_process
 
     plan.check()
     results: list[dict[str, Any]] = []

@@ -45,10 +45,20 @@ def decode(
     stock_block_size: Annotated[
         int | None, typer.Option(help="block size of the dense row [default: vLLM's own]")
     ] = None,
+    peaked: Annotated[
+        float | None,
+        typer.Option(
+            help="synthetic keys whose logits have this standard deviation, for methods that adapt; "
+            "prompts then cost little [default: the model's own keys]"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for decode.json and decode.png")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the record in --out: rows that it has are not run again")
+    ] = False,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
-    """Time per output token of whole decode batches on dummy weights: dense and every plugin row, one process."""
+    """Time per output token of whole decode batches on dummy weights: dense and every plugin row, a process each."""
     from rich.console import Console
 
     from vllm_ext import records
@@ -67,6 +77,7 @@ def decode(
         eager=eager,
         memory=memory,
         stock_block_size=stock_block_size,
+        logit_std=peaked,
     )
     plan.check()
     rows = parse_rows(plugins or [])
@@ -75,13 +86,15 @@ def decode(
     if out is not None:
         check_plots()
 
+    settings = {"shape": shape, "cases": case, "steps": steps, "repeats": repeats, "eager": eager}
+    settings |= {"memory": memory, "peaked": peaked}
+    kept = records.kept(out / "decode.json", settings) if out is not None and resume else []
+
     def save(results: list[dict[str, Any]]) -> None:
         if out is not None:
-            settings = {"shape": shape, "cases": case, "steps": steps, "repeats": repeats, "eager": eager}
-            record = records.record("bench decode", results, commit=commit, settings=settings)
-            records.save(record, out / "decode.json")
+            records.save(records.record("bench decode", results, commit=commit, settings=settings), out / "decode.json")
 
-    results = bench_rows(plan, rows, save)
+    results = bench_rows(plan, rows, save, kept)
     Console(width=160).print(report.decode_table(results))
     if out is not None:
         report.decode_plot(results, out / "decode.png")

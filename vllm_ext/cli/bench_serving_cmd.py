@@ -21,6 +21,9 @@ def serving(
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile [default: decode graphs alone]")] = False,
     eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for serving.json")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the record in --out: rows that it has are not run again")
+    ] = False,
     commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
 ) -> None:
     """Throughput, concurrency and latencies on dummy weights and equal bytes of KV cache, each row its own engine."""
@@ -45,13 +48,15 @@ def serving(
     for parsed in rows:
         parsed.row.engine_args()  # a wrong plugin or option ends the command before any engine starts
 
+    settings = {"shape": shape, "loads": load, "pool": pool, "rate": rate, "seqs": seqs, "compiled": compiled}
+    kept = records.kept(out / "serving.json", settings) if out is not None and resume else []
+
     def save(results: list[dict[str, Any]]) -> None:
         if out is not None:
-            settings = {"shape": shape, "loads": load, "pool": pool, "rate": rate, "seqs": seqs, "compiled": compiled}
             record = records.record("bench serving", results, commit=commit, settings=settings)
             records.save(record, out / "serving.json")
 
-    Console(width=170).print(serving_table(bench_serving(plan, rows, save)))
+    Console(width=170).print(serving_table(bench_serving(plan, rows, save, kept)))
     if out is not None:
         print(f"written: {out / 'serving.json'}; draw it with `vllm-ext bench serving-plot`")
 

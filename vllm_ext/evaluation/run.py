@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,6 +11,7 @@ from typing import Any
 
 from vllm_ext.evaluation.rows import Row, check_prefill
 from vllm_ext.evaluation.settings import Settings
+from vllm_ext.evaluation.worker import fresh_process
 from vllm_ext.options import ConfigError
 
 
@@ -110,19 +109,3 @@ def describe(llm: Any) -> dict[str, Any]:
         "block_size": config.cache_config.block_size,
         "prefix_caching": bool(config.cache_config.enable_prefix_caching),
     }
-
-
-def fresh_process(target: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Call `target` ("module:function") with `job` in a process of its own, so that one engine a process holds.
-
-    Raises:
-        ConfigError: the process failed; its messages are on stderr.
-    """
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-row-") as folder:
-        job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
-        job_file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "vllm_ext.evaluation.worker", target, str(job_file), str(result_file)]
-        code = subprocess.run(command, check=False).returncode
-        if code or not result_file.exists():
-            raise ConfigError(f"row '{job['label']}' failed (exit code {code}); its messages are above.")
-        return json.loads(result_file.read_text())

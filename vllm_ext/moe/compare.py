@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.evaluation.run import fresh_process, run_job
+from vllm_ext.evaluation.run import run_job
 from vllm_ext.evaluation.settings import Settings
+from vllm_ext.evaluation.worker import fresh_process
 from vllm_ext.moe.checkpoint import Checkpoint
 from vllm_ext.options import ConfigError
 
