@@ -29,7 +29,10 @@ def fresh_process(target: str, job: dict[str, Any]) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         process = context.Process(target=_work, args=(target, json.dumps(job), str(result)))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.terminate()
         if process.exitcode or not result.exists():
             raise ConfigError(f"row '{job['label']}' failed (exit code {process.exitcode}); its messages are above.")
         return json.loads(result.read_text())
