@@ -153,7 +153,7 @@ def bench_serving(
     results = list(kept)
     known = {r["label"] for r in results}
     for row in [row for row in rows if row.row.label not in known]:
-        job = {"plan": dataclasses.asdict(plan), "row": dataclasses.asdict(row)}
+        job = {"plan": dataclasses.asdict(plan), "row": dataclasses.asdict(row), "label": row.row.label}
         results.append(fresh_process("vllm_ext.bench.serving:run_job", job))
         for cell, stock in zip(results[-1]["cells"], results[0]["cells"]):
             cell["ratio"] = cell["tokens_per_s"] / stock["tokens_per_s"]

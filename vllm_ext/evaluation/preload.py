@@ -1,7 +1,5 @@
 """What every engine imports; nothing here may touch a CUDA device, since processes are forked from this state."""
 
-import contextlib
-
 from vllm_ext.evaluation.engine import prepare_process
 
 prepare_process()
@@ -9,6 +7,3 @@ prepare_process()
 import vllm.entrypoints.llm  # noqa: E402
 import vllm.v1.engine.core  # noqa: E402
 import vllm.v1.worker.gpu_worker  # noqa: E402, F401
-
-with contextlib.suppress(ImportError):
-    import flashinfer  # noqa: F401
