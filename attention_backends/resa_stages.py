@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_ext.attention_backends.hosted_stages import HostedStages
 from vllm_ext.attention_backends.request_slots import RequestSlots
 from vllm_ext.attention_backends.resa import Resa
-from vllm_ext.attention_backends.stages import DecodeBatch, Read, Row, StageDims
+from vllm_ext.attention_backends.stages import DecodeBatch, Read, Row, StageDims, request_counts
 from vllm_ext.kernels import reference, reference_residual
 from vllm_ext.kernels.reference_residual import Prior
 from vllm_ext.kernels.residual_decode import PriorState, ResidualBuffers, residual_decode
@@ -91,24 +91,37 @@ class ResaStages(HostedStages):
         slots, _ = self.mean_queries(layer, query, k_cache, batch)
         prior = self.priors[layer]
         mu = prior.mu[slots].flatten(1, 2)
-        rows, heads, page = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
-        ints = {"dtype": torch.int32, "device": query.device}
-        start = torch.arange(rows + 1, **ints)
-        whole = batch.seq_lens // page * page
-        every = torch.full((rows, heads), reference.EVERY_PAGE, **ints)
-        lists = torch.zeros(rows, heads, 1, **ints)
-        level = torch.zeros(mu.shape[:2], device=query.device)
-        for q, values, out in ((mu, v_cache, prior.shared), (torch.zeros_like(mu), k_cache, prior.mean_key)):
-            result = torch.zeros(mu.shape, device=query.device)
-            sparse_decode(
-                q, k_cache, values, batch.block_table, whole, start, lists, every, result, self.partials,
-                max_query_len=1, scale=scale, lse=level,
-            )  # fmt: skip
-            result = result.view(rows, heads, -1, q.shape[2])
-            if out is prior.shared:
-                prior.shared[slots], prior.level[slots] = result, level.view(rows, heads, -1)
-            else:
-                prior.mean_key[slots] = result[:, :, 0]
+        whole = batch.seq_lens // k_cache.shape[2] * k_cache.shape[2]
+        shared, level = self._over_pages(mu, k_cache, v_cache, batch.block_table, whole, scale)
+        prior.shared[slots], prior.level[slots] = shared, level
+        mean_key, _ = self._over_pages(torch.zeros_like(mu), k_cache, k_cache, batch.block_table, whole, scale)
+        prior.mean_key[slots] = mean_key[:, :, 0]
+
+    def _over_pages(
+        self, q: Tensor, k_cache: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of one query row a request, q [R, Hq, D], over every page: ([R, H, G, D], LSE [R, H, G]), fp32."""
+        rows, heads = q.shape[0], k_cache.shape[1]
+        ints = {"dtype": torch.int32, "device": q.device}
+        every, lists = torch.full((rows, heads), reference.EVERY_PAGE, **ints), torch.zeros(rows, heads, 1, **ints)
+        result, level = torch.zeros(q.shape, device=q.device), torch.zeros(q.shape[:2], device=q.device)
+        sparse_decode(
+            q, k_cache, values, block_table, lengths, torch.arange(rows + 1, **ints), lists, every, result,
+            self.partials, max_query_len=1, scale=scale, lse=level,
+        )  # fmt: skip
+        return result.view(rows, heads, -1, q.shape[2]), level.view(rows, heads, -1)
+
+    def warm_up(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, index: Tensor | None, block_table: Tensor, scale: float
+    ) -> None:
+        """Also what prompts launch."""
+        super().warm_up(query, k_cache, v_cache, index, block_table, scale)
+        dtype = self.priors[self.dims.layers[0]].mu.dtype
+        for rows in request_counts(self.dims.max_requests, self.dims.num_kv_heads):
+            q = torch.zeros((rows, *query.shape[1:]), dtype=dtype, device=query.device)
+            ints = torch.zeros((rows, block_table.stride(0)), dtype=torch.int32, device=query.device)
+            lengths = torch.zeros(rows, dtype=torch.int32, device=query.device)
+            self._over_pages(q, k_cache, v_cache, ints[:, : block_table.shape[1]], lengths, scale)
 
     def reference_index(
         self, layer: int, query: Tensor, k_cache: Tensor, v_cache: Tensor, index: Tensor | None, batch: DecodeBatch,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,7 +17,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_ext.attention_backends.cpu_backend import cache_views
 from vllm_ext.kv_managers.method import BACKEND_NAME
-from vllm_ext.kv_managers.support import Steps, activate, evicting_spec, new_ring, record_index, store_side
+from vllm_ext.kv_managers.recording import RecordingImpl
+from vllm_ext.kv_managers.support import Steps, activate, evicting_spec, record_index
 
 
 @dataclass
@@ -82,45 +82,10 @@ def shifted(common: CommonAttentionMetadata, starts: list[int], block: int) -> C
     return part
 
 
-class EvictionCPUImpl(CPUAttentionBackendImpl):
+class EvictionCPUImpl(RecordingImpl, CPUAttentionBackendImpl):
     """Stock forward; the queries that will score are kept."""
 
-    ring: torch.Tensor | None = None
-    side: torch.Tensor | None = None
-    side_input: torch.Tensor | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        activate(get_current_vllm_config())
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        super().process_weights_after_loading(act_dtype)
-        self.ring = new_ring(self, act_dtype)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Same contract as the stock implementation."""
-        if attn_metadata is not None and attn_metadata.record_tokens is not None and self.ring is not None:
-            taken = query.view(-1, self.num_heads, self.head_size)[attn_metadata.record_tokens]
-            self.ring.flatten(0, 1)[attn_metadata.record_places] = taken
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write the new keys and values, and what the method stores beside them."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.side is not None and self.side_input is not None:
-            store_side(self.side, self.side_input, slot_mapping)
+    def record(self, query: torch.Tensor, meta: EvictionCPUMetadata, ring: torch.Tensor) -> None:
+        if meta.record_tokens is not None:
+            taken = query.view(-1, self.num_heads, self.head_size)[meta.record_tokens]
+            ring.flatten(0, 1)[meta.record_places] = taken

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -23,7 +22,8 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_ext.kernels.kv_tables import record_queries, shift_tables
 from vllm_ext.kv_managers.device_ops import DeviceOps
 from vllm_ext.kv_managers.method import BACKEND_NAME
-from vllm_ext.kv_managers.support import Steps, activate, evicting_spec, new_ring, record_index, store_side
+from vllm_ext.kv_managers.recording import RecordingImpl
+from vllm_ext.kv_managers.support import Steps, activate, evicting_spec, record_index
 
 
 @dataclass
@@ -140,44 +140,9 @@ def _pinned(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, pin_memory=True)
 
 
-class EvictionFlashImpl(FlashAttentionImpl):
+class EvictionFlashImpl(RecordingImpl, FlashAttentionImpl):
     """Stock forward; the queries that will score are kept."""
 
-    ring: torch.Tensor | None = None
-    side: torch.Tensor | None = None
-    side_input: torch.Tensor | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        activate(get_current_vllm_config())
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        super().process_weights_after_loading(act_dtype)
-        self.ring = new_ring(self, act_dtype)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Same contract as FlashAttention's."""
-        if attn_metadata is not None and attn_metadata.places is not None and self.ring is not None:
-            record_queries(query, attn_metadata.places, self.ring)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write the new keys and values, and what the method stores beside them."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.side is not None and self.side_input is not None:
-            store_side(self.side, self.side_input, slot_mapping)
+    def record(self, query: torch.Tensor, meta: EvictionMetadata, ring: torch.Tensor) -> None:
+        if meta.places is not None:
+            record_queries(query, meta.places, ring)

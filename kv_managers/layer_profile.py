@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.kv_managers.trim_gates import check_fingerprint
+from vllm_ext.kv_managers.fingerprint import check_fingerprint
 from vllm_ext.options import ConfigError
 
 FORMAT = "vllm-ext layer shares 1"

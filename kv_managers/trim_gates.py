@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_ext.kv_managers.fingerprint import check_fingerprint, fingerprint
 from vllm_ext.options import ConfigError
 
 if TYPE_CHECKING:
@@ -15,19 +15,6 @@ if TYPE_CHECKING:
 
 FORMAT = "vllm-ext trim gates 1"
 SHIPPED = "trim_gates.safetensors"
-FINGERPRINT = (
-    "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size",
-)  # fmt: skip
-"""Keys of a Hugging Face configuration that must be those of the model that the gates were trained on."""
-
-
-def fingerprint(config: Any) -> dict[str, Any]:
-    """What identifies a model, from its Hugging Face (text) configuration or config.json."""
-    get = config.get if isinstance(config, Mapping) else lambda k, d=None: getattr(config, k, d)
-    found = {k: get(k, None) for k in FINGERPRINT}
-    found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["num_attention_heads"]
-    return found
 
 
 @dataclass(frozen=True)
@@ -120,19 +107,6 @@ def shipped(config: Any) -> Path:
         "trim_kv.gates is empty and no gates are shipped for this model; make them with `vllm-ext train trim` and give "
         "the file."
     )
-
-
-def check_fingerprint(model: Mapping[str, Any], config: Any, what: str, remedy: str) -> None:
-    """Raise ConfigError if `model`, a file's fingerprint, is not that of this configuration.
-
-    Args:
-        what: beginning of the sentence, "<option> was trained on".
-        remedy: its end.
-    """
-    here = fingerprint(config)
-    wrong = [f"{k} {model.get(k)} (model: {here[k]})" for k in FINGERPRINT if model.get(k) != here[k]]
-    if wrong:
-        raise ConfigError(f"{what} another model: {', '.join(wrong)}; {remedy}.")
 
 
 def check_model(gates: TrimGates, config: Any, option: str = "trim_kv.gates") -> None:

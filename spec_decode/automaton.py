@@ -17,6 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from vllm_ext.spec_decode.code_cache import entry
+
 LINK, LENGTH, FIRST, RECENT, HEAD = range(5)
 SOURCE, TOKEN, TARGET, NEXT = range(4)
 STATES, EDGES, LAST, SIZE, MASK, ROOT = range(6)
@@ -98,7 +100,7 @@ def _new_state(states, meta, length, end):
     return state
 
 
-@njit(nogil=True)
+@entry
 def clear(states, table, meta):
     """An empty automaton with one root."""
     meta[:] = 0

@@ -36,6 +36,7 @@ from vllm_ext.spec_decode.automaton import (
     new_root,
     start_text,
 )
+from vllm_ext.spec_decode.code_cache import entry
 
 ARMS = ("longest", "first", "ngram", "shared", "model")
 LONGEST, EARLIEST, NGRAM, SHARED, MODEL = range(5)
@@ -70,7 +71,7 @@ def _remember(local, p, token):
     local[5][p, TAKEN] += 1
 
 
-@njit(nogil=True)
+@entry
 def ingest(local, p, tokens, prompt, tenant):
     """A new request in slot p with the tokens known so far, `prompt` of them its prompt."""
     slot = local[5][p]
@@ -243,7 +244,7 @@ def _count(counters, arm, verified, accepted):
     counters[arm, 3 : 3 + accepted] += 1
 
 
-@njit(nogil=True)
+@entry
 def step(local, shared, settings, arms, hedge, requests, tokens, judged, drafts, matched, counters):
     """One step.
 

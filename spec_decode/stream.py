@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from vllm_ext.spec_decode import lookup
+from vllm_ext.spec_decode.code_cache import callback, entry
 from vllm_ext.spec_decode.tables import REQUEST, LookupDrafter
 
 DEPTH = 8
 """Blocks of arguments in turn; more than steps can be in flight."""
 
-_clock_gettime = ctypes.CDLL(None).clock_gettime
-_clock_gettime.argtypes, _clock_gettime.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_int
+# by name: an address would hold in this process only, and its code could not be kept
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.CPointer(types.int64)))
 _MONOTONIC = 1
 
 
@@ -51,7 +52,7 @@ def _f64(block, at, shape):
     return carray(_pointer(block[at]), shape, np.float64)
 
 
-@njit(nogil=True)
+@entry
 def run_block(block):
     """Rebuild the arrays from the addresses and shapes in a block, fill in lengths, run the step."""
     p, s, e, h, c, fields = block[13], block[14], block[15], block[16], block[17], block[18]
@@ -84,7 +85,7 @@ def run_block(block):
     _f64(block, 46, (1,))[0] += (clock[2] - clock[0]) + (clock[3] - clock[1]) * 1e-9
 
 
-@cfunc(types.void(types.CPointer(types.int64)))
+@callback(types.void(types.CPointer(types.int64)))
 def _callback(pointer):
     run_block(carray(pointer, (49,)))
 

@@ -33,7 +33,7 @@ ROWS: tuple[Hook, ...] = (
     ),
     row(
         takes,
-        "vllm.v1.attention.backend:AttentionImplBase.process_weights_after_loading",
+        "vllm.v1.attention.backend:AttentionImpl.process_weights_after_loading",
         "query windows, before memory is profiled",
         ["act_dtype"],
     ),

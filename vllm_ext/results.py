@@ -82,6 +82,8 @@ def _decode_title(record: Record) -> str:
     engine = record["results"][-1]["engine"]
     facts = [f"model runner {engine['model_runner']}", f"graphs {str(engine['cudagraph_mode']).rpartition('.')[2]}"]
     facts += ["async scheduling"] if engine["async_scheduling"] else []
+    spread = record["settings"].get("peaked")
+    facts += [f"synthetic keys, standard deviation of the logits {spread:g}"] if spread else []
     return f"Decode step, {record['settings']['shape']} shape, dummy weights ({', '.join(facts)})"
 
 
@@ -89,10 +91,13 @@ def decode_table(record: Record) -> str:
     """One line for each case and plugin row, beside the stock row of the same run."""
     stock, *others = record["results"]
     rows = []
+    counted = any("read" in c for r in others for c in r["cells"])
     for case in dict.fromkeys(c["case"] for r in record["results"] for c in r["cells"]):
         dense = _cell(stock, case)
         for result in others or [{"label": NONE, "cells": []}]:
-            rows.append([case, *_stock_cells(dense), _code(result["label"]), *_plugin_cells(_cell(result, case))])
+            cell = _cell(result, case)
+            read = [f"{cell['read']['bytes']:.1%}" if "read" in cell else NONE] if counted else []
+            rows.append([case, *_stock_cells(dense), _code(result["label"]), *_plugin_cells(cell), *read])
     head = (
         "batch x context",
         "stock, ms a token",
@@ -100,7 +105,8 @@ def decode_table(record: Record) -> str:
         "plugin",
         "ms a token (quartiles of the steps)",
     )
-    return table([*head, "faster by", "of its byte floor", "steps in graphs"], rows)
+    more = ["faster by", "of its byte floor", "steps in graphs", *(["bytes read"] if counted else [])]
+    return table([*head, *more], rows)
 
 
 def _cell(result: Record, case: str) -> Record:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -27,7 +28,7 @@ def run(model: str, plugin: str | None) -> dict[str, Any]:
 
     args = {
         "max_model_len": 2048, "max_num_seqs": 16, "max_num_batched_tokens": 1024, "enforce_eager": True, "seed": 0,
-        "gpu_memory_utilization": 0.01, "kv_cache_memory_bytes": 2 << 30,
+        **FIXED_CACHE,
     } | (vllm_ext.engine_args(plugin, **{plugin: ROWS[plugin]}) if plugin else {})  # fmt: skip
     with engine(model, args) as llm:
         texts = corpus.windows(llm.get_tokenizer(), TEXTS, LENGTH)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,8 +39,7 @@ def run(model: Path, plugins: dict[str, Any], trace: Path, **extra: Any) -> list
     plugins = plugins | {"moe_trace": {"path": str(trace)}}
     args = {
         "max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 256, "dtype": "bfloat16", "seed": 0,
-        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, "enforce_eager": True,
-        "skip_tokenizer_init": True,
+        "enforce_eager": True, "skip_tokenizer_init": True, **FIXED_CACHE,
     }  # fmt: skip
     rnd = random.Random(0)
     prompts = [{"prompt_token_ids": [rnd.randrange(3, 250) for _ in range(n)]} for n in LENGTHS]

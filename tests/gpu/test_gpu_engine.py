@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -39,7 +40,7 @@ def run(model: str, plugin: dict[str, dict[str, Any]], texts: list[str], **extra
 
     args = {
         "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 1024,
-        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
+        **FIXED_CACHE,
         "enforce_eager": True, "disable_log_stats": False, "cudagraph_metrics": True, "seed": 0,
     } | (vllm_ext.engine_args(*plugin, **plugin) if plugin else {"block_size": 64}) | extra  # fmt: skip
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, logprobs=5)
@@ -169,9 +170,7 @@ def test_counters_reach_the_exporter(smollm2_dir: str) -> None:
     from vllm_ext.evaluation.engine import engine
     from vllm_ext.metrics import read_totals
 
-    args = vllm_ext.engine_args("quest", quest=SPARSE) | {
-        "max_model_len": 2048, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30, "enforce_eager": True,
-    }  # fmt: skip
+    args = vllm_ext.engine_args("quest", quest=SPARSE) | FIXED_CACHE | {"max_model_len": 2048, "enforce_eager": True}
     with engine(smollm2_dir, args) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
         llm.generate([{"prompt_token_ids": list(range(100, 1100))}], params, use_tqdm=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -30,7 +31,7 @@ def run(model: str, plugin: dict[str, dict[str, Any]], **extra: Any) -> dict[str
 
     args = {
         "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 1024,
-        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
+        **FIXED_CACHE,
         "enforce_eager": True, "disable_log_stats": False, "cudagraph_metrics": True, "seed": 0, "block_size": 32,
     } | (vllm_ext.engine_args(*plugin, **plugin) if plugin else {}) | extra  # fmt: skip
     words, rnd = corpus.load().split(), random.Random(0)

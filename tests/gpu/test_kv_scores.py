@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 from vllm_ext.kernels import kv_reference as reference
 from vllm_ext.kv_managers.defensive_kv import DefensiveKV
@@ -57,13 +58,7 @@ def test_gates_write_every_token_under_graphs(tmp_path):
     Gates.of(config, inner=16, bias=4.0, seed=0).export(config, 64).save(tmp_path / "gates.safetensors")
     gates = {"budget": 1024, "gates": str(tmp_path / "gates.safetensors")}
     args = vllm_ext.engine_args("trim_kv", trim_kv=gates)
-    args |= {
-        "max_model_len": 2048,
-        "skip_tokenizer_init": True,
-        "gpu_memory_utilization": 0.1,
-        "kv_cache_memory_bytes": 4 << 30,
-        "max_num_seqs": 4,
-    }
+    args |= FIXED_CACHE | {"max_model_len": 2048, "skip_tokenizer_init": True, "max_num_seqs": 4}
     args |= {"enable_prefix_caching": False, "max_num_batched_tokens": 512}
     greedy = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
     prompt = torch.randint(3, 500, (100,), generator=torch.Generator().manual_seed(1)).tolist()

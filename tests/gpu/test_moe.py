@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -52,12 +53,7 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
     rnd = random.Random(0)
     prompts = [[rnd.randrange(3, 250) for _ in range(n)] for n in LENGTHS]
     args = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 16, "max_num_batched_tokens": 256, "seed": 0}
-    args |= {
-        "gpu_memory_utilization": 0.1,
-        "kv_cache_memory_bytes": 4 << 30,
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-    } | extra
+    args |= FIXED_CACHE | {"skip_tokenizer_init": True, "enforce_eager": True} | extra
     ours = vllm_ext.engine_args(*plugins, **plugins) if plugins else {}
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False, logprobs=5)
     with engine(model, args | ours) as llm:
@@ -74,6 +70,30 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
             "runner": type(worker.model_runner).__module__,
             "mode": str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode),
         }
+
+
+def far_apart(model: Path, experts: int) -> Path:
+    """Let the token alone decide its experts, with steps between the logits that rounding cannot cross.
+
+    The first channels hold a permutation of equal steps for each token, no layer writes to them, and routers see
+    nothing else. Otherwise two kernels choose other experts now and then, and texts part for good.
+    """
+    from safetensors.torch import load_file, save_file
+
+    (file,) = model.glob("*.safetensors")
+    weights = load_file(file)
+    generator = torch.Generator().manual_seed(5)
+    table = weights["model.embed_tokens.weight"]
+    steps = torch.linspace(-2, 2, experts) * table.float().std()
+    order = torch.stack([torch.randperm(experts, generator=generator) for _ in range(len(table))])
+    table[:, :experts] = steps[order].to(table.dtype)
+    for name, w in weights.items():
+        if name.endswith((".o_proj.weight", ".down_proj.weight")):
+            w[:experts] = 0
+        elif name.endswith(".mlp.gate.weight"):
+            w.zero_()[:, :experts].fill_diagonal_(2.0)
+    save_file(weights, file, metadata={"format": "pt"})
+    return model
 
 
 def apart(run: dict[str, Any], other: list[list[int]]) -> list[tuple[int, int, float]]:
@@ -94,7 +114,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vllm_ext.moe.models import tiny_moe
 
     folder = tmp_path_factory.mktemp("moe") / "qwen3_moe"
-    return tiny_moe(folder, "qwen3_moe", experts=16, top_k=4, width=128, layers=4, vocab=256, dtype="bfloat16", heads=8)
+    tiny_moe(folder, "qwen3_moe", experts=16, top_k=4, width=128, layers=4, vocab=256, dtype="bfloat16", heads=8)
+    return far_apart(folder, 16)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixed_cache import FIXED_CACHE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -72,7 +73,7 @@ def run(model: str, plugins: dict[str, dict[str, Any]], temperature: float = 0.0
 
     arguments = {
         "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 512,
-        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
+        **FIXED_CACHE,
         "enforce_eager": True, "disable_log_stats": False, "seed": 0,
     } | (vllm_ext.engine_args(*plugins, **plugins) if plugins else {}) | extra  # fmt: skip
     ids = [{"prompt_token_ids": p} for p in prompts(AutoTokenizer.from_pretrained(model))]

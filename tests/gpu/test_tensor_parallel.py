@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from fixed_cache import FIXED_CACHE
 from learned import gates, roles
 
 pytestmark = [
@@ -38,7 +39,7 @@ def run(model: Path, plugins: dict[str, dict[str, Any]], ranks: int) -> list[Any
 
     args = {
         "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 1024,
-        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30,
+        **FIXED_CACHE,
         "enforce_eager": True, "skip_tokenizer_init": True, "dtype": "float16", "tensor_parallel_size": ranks,
         "seed": 0,
     } | (vllm_ext.engine_args(*plugins, **plugins) if plugins else {"block_size": 64})  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
+from fixed_cache import FIXED_CACHE
 from spec_batches import RULES, Tree, by_rule, chi_square, output_law, step
 
 from vllm_ext.kernels import spec_random, spec_verify
@@ -189,13 +190,7 @@ def test_rules_in_an_engine(smollm2_dir: str, rule: str) -> None:
         SamplingParams(temperature=0.0 if i % 2 else 0.8, max_tokens=48, ignore_eos=True, seed=i) for i in range(6)
     ]
     plugins = {"suffix_automaton": {"num_speculative_tokens": 6}, rule: {"window": 3} if rule == "fly" else {}}
-    base = {
-        "max_model_len": 1024,
-        "gpu_memory_utilization": 0.1,
-        "kv_cache_memory_bytes": 4 << 30,
-        "enforce_eager": True,
-        "disable_log_stats": False,
-    }
+    base = FIXED_CACHE | {"max_model_len": 1024, "enforce_eager": True, "disable_log_stats": False}
     with engine(smollm2_dir, base | vllm_ext.engine_args(*plugins, **plugins)) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         assert type(runner.rejection_sampler).__name__ == "RuleSampler"

@@ -22,9 +22,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of 4 layers, gates and a layer profile for it."""
     from transformers import AutoConfig
 
+    from vllm_ext.kv_managers.fingerprint import fingerprint
     from vllm_ext.kv_managers.layer_profile import LayerProfile
     from vllm_ext.kv_managers.think_thresholds import Thoughts
-    from vllm_ext.kv_managers.trim_gates import fingerprint
     from vllm_ext.models import tiny_llama
     from vllm_ext.training.gated import Gates
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from vllm_ext.kernels import kv_reference as reference
 from vllm_ext.kernels import kv_score_think as think
 from vllm_ext.kv_managers import think_thresholds
+from vllm_ext.kv_managers.fingerprint import fingerprint
 from vllm_ext.kv_managers.think_kv import ThinkKV
 from vllm_ext.kv_managers.think_thresholds import Thoughts
-from vllm_ext.kv_managers.trim_gates import fingerprint
 from vllm_ext.kv_managers.view import KVView
 from vllm_ext.options import ConfigError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import numpy as np
@@ -9,10 +10,15 @@ import pytest
 import torch
 
 from vllm_ext.spec_decode import lookup
+from vllm_ext.spec_decode import stream as stream_module
 from vllm_ext.spec_decode.stream import StreamStep
 from vllm_ext.spec_decode.tables import IN_FLIGHT, LookupDrafter, LookupSettings
 
 K = 4
+
+
+def pointer(words: np.ndarray):
+    return words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
 
 
 class Texts:
@@ -222,8 +228,11 @@ def test_hedge_yields_to_a_model_that_is_right():
     assert texts.drafter.hedge[1][slot, 0] == before
 
 
-def test_stream_step_reads_the_same_arrays():
+@pytest.mark.parametrize("called", ["function", "address"])
+def test_stream_step_reads_the_same_arrays(monkeypatch, called):
     """What a CUDA stream would call, called here: addresses and shapes in a block lead to the same drafts."""
+    if called == "address":  # as the driver does
+        monkeypatch.setattr(stream_module, "run_block", lambda words: stream_module._callback.ctypes(pointer(words)))
     texts = Texts(shared=300, arms=("longest", "first", "ngram", "shared"), hedge="request")
     other = Texts(shared=300, arms=("longest", "first", "ngram", "shared"), hedge="request")
     total = torch.zeros(4, dtype=torch.int32)

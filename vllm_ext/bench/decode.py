@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm_ext.bench import shapes
 from vllm_ext.bench.synthetic import synthetic_prompts
+from vllm_ext.evaluation.reads import Meter
 from vllm_ext.evaluation.rows import Row
 from vllm_ext.options import ConfigError
 
@@ -180,7 +181,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _case(llm: Any, plan: Plan, case: Case, advance: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """Times of one case, in seconds; `skipped` with the reason if the batch does not fit into the KV cache."""
+    """Times of one case, in seconds, and what its steps read; `skipped` with the reason if the batch does not fit."""
     cache = llm.llm_engine.vllm_config.cache_config
     need = case.batch * (-(-(case.context + plan.output(case)) // cache.block_size) + 1)
     if cache.num_gpu_blocks < need:
@@ -202,14 +203,17 @@ def _case(llm: Any, plan: Plan, case: Case, advance: Callable[[str, int, int], N
             whole = len(outputs.outputs) == case.batch and min(produced.values()) > 1
             if whole:
                 _note(stamps, modes, now, outputs, plan)
+                if len(stamps) == plan.warmup + 1:
+                    meter = Meter(llm)
                 if len(stamps) % plan.steps == 1:
                     advance(case.label, len(stamps) - 1, total)
             elif stamps:
                 _stall(outputs, case)
         advance(case.label, total, total)
+        read = meter.cell()
     prefill = stamps[0] - began
     lengths = [case.context + n for n in produced.values()]
-    return {"case": case.label, "prefill_s": prefill, "lengths": lengths, **_times(stamps, modes, plan)}
+    return {"case": case.label, "prefill_s": prefill, "lengths": lengths, **_times(stamps, modes, plan), **read}
 
 
 def _note(stamps: list[float], modes: Counter[str], now: float, outputs: Any, plan: Plan) -> None:

@@ -14,7 +14,7 @@ def decode_table(results: list[dict[str, Any]]) -> Any:
     table = Table(title=title)
     table.add_column("case")
     table.add_column("row", overflow="fold")
-    for name in ("TPOT ms", "step IQR ms", "tok/s", "vs dense", "floor ms", "of floor", "graphs"):
+    for name in ("TPOT ms", "step IQR ms", "tok/s", "vs dense", "floor ms", "of floor", "bytes read", "graphs"):
         table.add_column(name, justify="right")
     for case in dict.fromkeys(c["case"] for r in results for c in r.get("cells", [])):
         for result in results:
@@ -36,6 +36,7 @@ def _decode_cells(cell: dict[str, Any]) -> list[str]:
         ratio,
         f"{cell['floor_s'] * 1e3:.3f}",
         f"{cell['floor_fraction']:.0%}",
+        f"{cell['read']['bytes']:.1%}" if "read" in cell else "–",
         " ".join(f"{mode} {n}/{cell['steps']}" for mode, n in sorted(cell["graph_modes"].items())) or "none",
     ]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_ext.cli import bench_cost_cmd, bench_spec_cmd
+from vllm_ext.cli import shared_options as opt
 
 
 def register(app: typer.Typer) -> None:
@@ -40,8 +41,8 @@ def decode(
     steps: Annotated[int, typer.Option(help="timed decode steps a repeat")] = 64,
     repeats: Annotated[int, typer.Option(help="consecutive windows of that many steps")] = 5,
     warmup: Annotated[int, typer.Option(help="decode steps before the first window")] = 16,
-    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
-    memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.9,
+    eager: opt.Eager = False,
+    memory: opt.Memory = 0.9,
     stock_block_size: Annotated[
         int | None, typer.Option(help="block size of the dense row [default: vLLM's own]")
     ] = None,
@@ -52,11 +53,9 @@ def decode(
             "prompts then cost little [default: the model's own keys]"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for decode.json and decode.png")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="continue the record in --out: rows that it has are not run again")
-    ] = False,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("decode.json", "decode.png")] = None,
+    resume: opt.Resume = False,
+    commit: opt.Commit = None,
 ) -> None:
     """Time per output token of whole decode batches on dummy weights: dense and every plugin row, a process each."""
     from rich.console import Console
@@ -107,8 +106,8 @@ def kernels(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="kernels to time; repeatable [default: all]")] = None,
     budget: Annotated[int, typer.Option(help="keys read by a sparse step")] = 4096,
-    out: Annotated[Path | None, typer.Option(help="folder for kernels.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("kernels.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Each kernel against its byte floor, beside dense FlashAttention 3 and FlashInfer; needs CUDA."""
     from rich.console import Console

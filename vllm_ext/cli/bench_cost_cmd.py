@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def cost_table(
     model: Annotated[str, typer.Argument(help="directory of the target model")],
@@ -18,9 +20,9 @@ def cost_table(
     drafts: Annotated[list[int] | None, typer.Option(help="drafts a request; repeatable [default: 0 2 4 7]")] = None,
     context: Annotated[list[int] | None, typer.Option(help="tokens a request; repeatable [default: 512]")] = None,
     steps: Annotated[int, typer.Option(help="timed steps of a cell", min=2)] = 16,
-    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
-    memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.6,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    eager: opt.Eager = False,
+    memory: opt.Memory = 0.6,
+    commit: opt.Commit = None,
 ) -> None:
     """Measure the step times that the length policy `cast` decides by."""
     from rich.console import Console
@@ -53,8 +55,8 @@ def verify(
     vocab: Annotated[int, typer.Option(help="tokens of the vocabulary", min=2)] = 151936,
     batch: Annotated[list[int] | None, typer.Option(help="requests; repeatable [default: 1 8 32]")] = None,
     drafts: Annotated[int, typer.Option(help="drafts a request", min=1, max=31)] = 8,
-    out: Annotated[Path | None, typer.Option(help="folder for verify.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("verify.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Microseconds of every verification rule beside vLLM's own kernels; needs CUDA."""
     from rich.console import Console

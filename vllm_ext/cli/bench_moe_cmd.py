@@ -7,17 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def moe(
     shape: Annotated[
         list[str] | None, typer.Option(help="olmoe-1b-7b, qwen3-30b-a3b or mixtral-8x7b; repeatable [default: all]")
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="tokens of a call; repeatable [default: 1 to 16384]")] = None,
+    tokens: opt.Tokens = None,
     tuned: Annotated[
         Path | None, typer.Option(help="folder of `vllm-ext moe tune` [default: the files that come with vLLM]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for moe.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("moe.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """One expert layer: the kernels of sonic_moe beside vLLM's, untuned and tuned, and the floor; needs CUDA."""
     from rich.console import Console

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from vllm_ext.cli import shared_options as opt
 
 
 def routers(
-    tokens: Annotated[list[int] | None, typer.Option(help="tokens of a call; repeatable [default: 1 to 16384]")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for routers.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    tokens: opt.Tokens = None,
+    out: Annotated[Path | None, opt.folder_for("routers.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Times of the MoE routers at the shapes of OLMoE and Qwen3-30B-A3B; needs CUDA."""
     from rich.console import Console

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def serving(
     shape: Annotated[str, typer.Option(help="llama-3.1-8b, qwen3-8b, qwen2.5-1.5b, smollm2 or tiny")],
@@ -19,12 +21,10 @@ def serving(
     rate: Annotated[float | None, typer.Option(help="requests a second [default: all at once]")] = None,
     seqs: Annotated[int, typer.Option(help="max_num_seqs")] = 256,
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile [default: decode graphs alone]")] = False,
-    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for serving.json")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="continue the record in --out: rows that it has are not run again")
-    ] = False,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    eager: opt.Eager = False,
+    out: Annotated[Path | None, opt.folder_for("serving.json")] = None,
+    resume: opt.Resume = False,
+    commit: opt.Commit = None,
 ) -> None:
     """Throughput, concurrency and latencies on dummy weights and equal bytes of KV cache, each row its own engine."""
     from rich.console import Console

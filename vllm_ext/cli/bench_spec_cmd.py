@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def spec(
     model: Annotated[str, typer.Argument(help="directory of the target model")],
@@ -22,10 +24,10 @@ def spec(
     requests: Annotated[int, typer.Option(help="prompts of a load")] = 16,
     output: Annotated[int, typer.Option(help="most tokens of an answer")] = 192,
     repeats: Annotated[int, typer.Option(help="times that a load is served; the median counts")] = 3,
-    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
-    memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.6,
-    out: Annotated[Path | None, typer.Option(help="folder for spec.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    eager: opt.Eager = False,
+    memory: opt.Memory = 0.6,
+    out: Annotated[Path | None, opt.folder_for("spec.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Tokens a second, acceptance length and the drafter's share: no speculation and every row, each its own engine."""
     from rich.console import Console

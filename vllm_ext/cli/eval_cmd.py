@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 Repeat = list[str]
 
 
@@ -35,19 +37,19 @@ def evaluate(
     positions: Annotated[int, typer.Option(help="judged decode positions a text (kl, ppl)")] = 64,
     texts: Annotated[int, typer.Option(help="held-out texts a cell (kl, ppl, gen)")] = 8,
     output: Annotated[int, typer.Option(help="tokens generated behind each text (gen)")] = 1000,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
+    dtype: opt.ServedDtype = "auto",
     seed: Annotated[int, typer.Option(help="of the needles and of the engine")] = 0,
     batch: Annotated[int, typer.Option(help="requests that run at once")] = 32,
-    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
-    memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.8,
+    eager: opt.Eager = False,
+    memory: opt.Memory = 0.8,
     kv_memory: Annotated[
         float | None, typer.Option(help="GiB of the KV cache, instead of --memory: evaluations can share a GPU")
     ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="all engines in one process: faster starts than a fresh process a row")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for eval.json and eval.png")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("eval.json", "eval.png")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Needles, divergence from dense, perplexity and free generation, with intervals; the dense row comes first."""
     from vllm_ext.evaluation.engine import check_length, check_model

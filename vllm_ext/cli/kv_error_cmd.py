@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 CONTROLS = ("random_kv", "streaming_llm")
 
 
@@ -24,10 +26,10 @@ def kv_error(
     length: Annotated[int, typer.Option(help="tokens of the prompt")] = 2048,
     positions: Annotated[int, typer.Option(help="forced tokens behind the prompt")] = 256,
     texts: Annotated[int, typer.Option(help="held-out texts")] = 4,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="folder for kv-error.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    out: Annotated[Path | None, opt.folder_for("kv-error.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Error of every layer's attention output after eviction; random_kv, streaming_llm and an oracle are added."""
     from rich.console import Console

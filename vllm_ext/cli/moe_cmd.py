@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -26,8 +28,8 @@ def report(
     model: Annotated[Path | None, typer.Option(help="the traced model's directory: checks it, adds bytes")] = None,
     target: Annotated[float, typer.Option(help="hit rate that an expert cache must reach")] = 0.9,
     segments: Annotated[int, typer.Option(help="most segments of 512 tokens in the cache simulations")] = 64,
-    out: Annotated[Path | None, typer.Option(help="folder for moe-report.json and moe-report.png")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("moe-report.json", "moe-report.png")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Expert load, imbalance, local routing consistency (SRP, SCH) and the expert cache that a trace asks for."""
     from rich.console import Console
@@ -86,12 +88,12 @@ def compare(
     length: Annotated[int, typer.Option(help="context tokens before the judged positions")] = 512,
     positions: Annotated[int, typer.Option(help="judged decode positions a text")] = 64,
     texts: Annotated[int, typer.Option(help="held-out texts")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    eager: Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")] = False,
-    memory: Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")] = 0.8,
+    dtype: opt.ServedDtype = "auto",
+    eager: opt.Eager = False,
+    memory: opt.Memory = 0.8,
     in_process: Annotated[bool, typer.Option("--in-process", help="all engines in one process")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for moe-compare.json")] = None,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    out: Annotated[Path | None, opt.folder_for("moe-compare.json")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Perplexity and divergence of models beside the first, e.g. of merged ones beside their origin."""
     from rich.console import Console
@@ -137,7 +139,7 @@ def upcycle(
     batch: Annotated[int, typer.Option(help="training: windows a step")] = 16,
     lr: Annotated[float, typer.Option(help="training: highest learning rate")] = 3e-4,
     device: Annotated[str, typer.Option(help="training: auto, cuda or cpu")] = "auto",
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    commit: opt.Commit = None,
 ) -> None:
     """Write a Mixtral whose experts are copies of a Llama's MLPs, trained if asked to: an MoE model for tests."""
     from vllm_ext import records

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the group."""
@@ -18,7 +20,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="folder of the files")] = Path("moe-tiles"),
     tensor_parallel: Annotated[int, typer.Option(help="ranks that cut each expert; 1 with expert parallelism")] = 1,
     expert_parallel: Annotated[int, typer.Option(help="ranks that share the experts out")] = 1,
-    tokens: Annotated[list[int] | None, typer.Option(help="tokens of a call; repeatable [default: 1 to 16384]")] = None,
+    tokens: opt.Tokens = None,
     seconds: Annotated[float, typer.Option(help="time of the search for one number of tokens, about")] = 6.0,
     sonic: Annotated[bool, typer.Option("--sonic", help="also the tiles of sonic_moe")] = False,
 ) -> None:

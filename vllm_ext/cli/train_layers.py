@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the subcommand."""
@@ -14,14 +16,14 @@ def register(app: typer.Typer) -> None:
 
 
 def layers(
-    model: Annotated[Path, typer.Option(help="model directory")],
-    out: Annotated[Path, typer.Option(help="file to write: layers.json")],
+    model: opt.Model,
+    out: Annotated[Path, opt.file_to_write("layers.json")],
     classes: Annotated[int, typer.Option(help="classes of equally many layers; each gets one share")] = 3,
     ratio: Annotated[float, typer.Option(help="share of the tokens that is kept")] = 0.2,
     length: Annotated[int, typer.Option(help="tokens of a text")] = 2048,
     texts: Annotated[int, typer.Option(help="texts, from the shipped prose")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Measure how much of a budget each layer needs by DefensiveKV's scores; nothing is trained."""
     from vllm_ext.cli.eval_cmd import check_dtype

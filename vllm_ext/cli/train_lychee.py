@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the subcommand."""
@@ -14,12 +16,10 @@ def register(app: typer.Typer) -> None:
 
 
 def lychee(
-    model: Annotated[Path, typer.Option(help="model directory")],
-    out: Annotated[Path, typer.Option(help="file to write: roles.json")],
-    text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text, plain or .gz; repeatable [default: shipped prose]")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="training steps")] = 1000,
+    model: opt.Model,
+    out: Annotated[Path, opt.file_to_write("roles.json")],
+    text: opt.Text = None,
+    steps: opt.Steps = 1000,
     window: Annotated[int, typer.Option(help="tokens of the longest prompt")] = 4096,
     batch: Annotated[int, typer.Option(help="prompts a step")] = 4,
     labels: Annotated[int, typer.Option(help="tokens of questions and answers at a prompt's end")] = 192,
@@ -29,15 +29,13 @@ def lychee(
     anneal: Annotated[
         float, typer.Option(help="share of the steps over which the target falls to density; paper: 0")
     ] = 0.0,
-    lr: Annotated[float, typer.Option(help="highest learning rate")] = 0.01,
+    lr: opt.LearningRate = 0.01,
     penalty: Annotated[float, typer.Option(help="start of the sparsity multiplier")] = 2.0,
     seed: Annotated[int, typer.Option(help="of prompts and samples")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")
-    ] = False,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    restart: opt.Restart = False,
+    commit: opt.Commit = None,
 ) -> None:
     """Find the KV heads that must read every key (HardKuma); an interrupted run goes on where it stopped.
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the subcommand."""
@@ -20,23 +22,19 @@ def pard(
         Path | None, typer.Option(help="directory of the target model [default: the model itself]")
     ] = None,
     layers: Annotated[int, typer.Option(help="layers to keep, spread over the model's; 0 = all")] = 0,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text, plain or .gz; repeatable [default: shipped prose]")
-    ] = None,
+    text: opt.Text = None,
     drafts: Annotated[int, typer.Option(help="tokens that are predicted in one forward")] = 8,
     keep: Annotated[float, typer.Option(help="share of anchors that each further token keeps")] = 0.7,
     keep_least: Annotated[float, typer.Option(help="share of anchors that every token keeps at least")] = 0.2,
     mask_token: Annotated[int, typer.Option(help="token id that stands for an unknown token; -1 = the last")] = -1,
-    steps: Annotated[int, typer.Option(help="training steps")] = 2000,
-    batch: Annotated[int, typer.Option(help="windows a step")] = 8,
-    window: Annotated[int, typer.Option(help="tokens a window")] = 512,
-    lr: Annotated[float, typer.Option(help="highest learning rate")] = 4e-4,
+    steps: opt.Steps = 2000,
+    batch: opt.Batch = 8,
+    window: opt.Window = 512,
+    lr: opt.LearningRate = 4e-4,
     seed: Annotated[int, typer.Option(help="of windows and anchors")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")
-    ] = False,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    device: opt.Device = "auto",
+    restart: opt.Restart = False,
+    commit: opt.Commit = None,
 ) -> None:
     """Adapt a model to draft several tokens in one forward (PARD); an interrupted run goes on where it stopped.
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the subcommand."""
@@ -14,26 +16,22 @@ def register(app: typer.Typer) -> None:
 
 
 def seer(
-    model: Annotated[Path, typer.Option(help="model directory")],
-    out: Annotated[Path, typer.Option(help="file to write: gates.safetensors")],
-    text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text, plain or .gz; repeatable [default: shipped prose]")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="training steps")] = 800,
-    window: Annotated[int, typer.Option(help="tokens a window")] = 4096,
-    batch: Annotated[int, typer.Option(help="windows a step")] = 4,
+    model: opt.Model,
+    out: Annotated[Path, opt.file_to_write("gates.safetensors")],
+    text: opt.Text = None,
+    steps: opt.Steps = 800,
+    window: opt.Window = 4096,
+    batch: opt.Batch = 4,
     rows: Annotated[int, typer.Option(help="queries compared in a window")] = 512,
     page_size: Annotated[int, typer.Option(help="tokens a page: the plugin's page_size")] = 64,
     width: Annotated[int | None, typer.Option(help="channels of a gate [default: the head size]")] = None,
-    lr: Annotated[float, typer.Option(help="highest learning rate")] = 1e-3,
+    lr: opt.LearningRate = 1e-3,
     passkeys: Annotated[float, typer.Option(help="share of windows with passkeys to find")] = 0.25,
     seed: Annotated[int, typer.Option(help="of windows, queries and the gates' start")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="drop an interrupted run instead of going on with it")
-    ] = False,
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    restart: opt.Restart = False,
+    commit: opt.Commit = None,
 ) -> None:
     """Train SeerAttention-R gates by self-distillation; an interrupted run goes on where it stopped.
 

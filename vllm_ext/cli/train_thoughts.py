@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_ext.cli import shared_options as opt
+
 
 def register(app: typer.Typer) -> None:
     """Add the subcommand."""
@@ -14,8 +16,8 @@ def register(app: typer.Typer) -> None:
 
 
 def thoughts(
-    model: Annotated[Path, typer.Option(help="model directory")],
-    out: Annotated[Path, typer.Option(help="file to write: thoughts.json")],
+    model: opt.Model,
+    out: Annotated[Path, opt.file_to_write("thoughts.json")],
     text: Annotated[
         list[Path] | None,
         typer.Option(help="UTF-8 text, plain or .gz: answers in which the model reasons; repeatable [default: prose]"),
@@ -25,9 +27,9 @@ def thoughts(
     window: Annotated[int, typer.Option(help="queries of a measurement: think_kv.window")] = 32,
     layers: Annotated[int, typer.Option(help="layers that tell the type")] = 4,
     seed: Annotated[int, typer.Option(help="of the windows")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
-    dtype: Annotated[str, typer.Option(help="of the model: auto, bfloat16 or float32")] = "auto",
-    commit: Annotated[str | None, typer.Option(help="commit to record where git is not at hand")] = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    commit: opt.Commit = None,
 ) -> None:
     """Find layers whose sparsity of attention has three modes, and the thresholds between them; nothing is trained.
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from vllm_ext.kernels.kv_score_trim import ACTIVATIONS, capacity_loss, gated_bias, log_retention
-from vllm_ext.kv_managers.trim_gates import TrimGates, fingerprint
+from vllm_ext.kv_managers.fingerprint import fingerprint
+from vllm_ext.kv_managers.trim_gates import TrimGates
 from vllm_ext.options import ConfigError
 from vllm_ext.training.model import Frozen, watched
 

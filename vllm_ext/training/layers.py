@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vllm_ext.evaluation.attention_error import output_weight
 from vllm_ext.kv_managers.defensive_kv import DefensiveKV
+from vllm_ext.kv_managers.fingerprint import fingerprint
 from vllm_ext.kv_managers.layer_profile import LayerProfile, classes
-from vllm_ext.kv_managers.trim_gates import fingerprint
 from vllm_ext.kv_managers.view import KVView
 from vllm_ext.training.model import Frozen, watched
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from vllm_ext.evaluation import corpus
 from vllm_ext.kernels import kv_reference as reference
 from vllm_ext.kernels import kv_score_think as formula
+from vllm_ext.kv_managers.fingerprint import fingerprint
 from vllm_ext.kv_managers.think_thresholds import Thoughts
-from vllm_ext.kv_managers.trim_gates import fingerprint
 from vllm_ext.options import ConfigError
 from vllm_ext.training import text
 from vllm_ext.training.model import Frozen, watched
