@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = {"minmax": 0, "mean": 1}
+ROWS = 1
+"""Tokens whose slots one program looks at."""
 
 
 @triton.jit
@@ -31,31 +33,30 @@ def page_record(
 
 
 # Slots of prompt rows start anywhere in the step's slots.
-@triton.jit(do_not_specialize_on_alignment=["SLOTS"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["SLOTS"])
 def _update_index(
-    K, INDEX, SLOTS, k_page, k_head, k_tok, i_page, i_head, KIND: tl.constexpr, P: tl.constexpr, D: tl.constexpr
-):
-    slot = tl.load(SLOTS + tl.program_id(0)).to(tl.int64)
-    if slot >= 0 and slot % P == P - 1:
-        page_record(K, INDEX, slot // P, tl.program_id(1), k_page, k_head, k_tok, i_page, i_head, KIND, P, D)
+    K, INDEX, SLOTS, tokens, k_page, k_head, k_tok, i_page, i_head, KIND: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.load(SLOTS + row, mask=row < tokens, other=-1).to(tl.int64)
+    ends = (slot >= 0) & (slot % P == P - 1)
+    place = tl.cumsum(ends.to(tl.int32), 0)
+    for i in range(1, tl.sum(ends.to(tl.int32), 0) + 1):
+        page = tl.sum(tl.where(ends & (place == i), slot // P, 0), 0)
+        page_record(K, INDEX, page, tl.program_id(1), k_page, k_head, k_tok, i_page, i_head, KIND, P, D)
 
 
-def update_index(k_cache: Tensor, index: Tensor, slot_mapping: Tensor, kind: str) -> None:
-    """See `reference.update_index`; one program per token and KV head, most leave at once. No host sync."""
-    tokens, heads = slot_mapping.shape[0], k_cache.shape[1]
+def update_index(k_cache: Tensor, index: Tensor, slot_mapping: Tensor, kind: str, rows: int | None = None) -> None:
+    """See `reference.update_index`; one program per KV head and `rows` tokens (None = `ROWS`). No host sync.
+
+    A program finds the pages that its tokens complete, whatever requests they belong to, and writes their records.
+    """
+    tokens, heads, rows = slot_mapping.shape[0], k_cache.shape[1], rows or ROWS
     if not tokens:
         return
-    _update_index[(tokens, heads)](
-        k_cache,
-        index,
-        slot_mapping,
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        index.stride(0),
-        index.stride(1),
-        KIND=KINDS[kind],
-        P=k_cache.shape[2],
-        D=k_cache.shape[3],
+    _update_index[(triton.cdiv(tokens, rows), heads)](
+        k_cache, index, slot_mapping, tokens, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        index.stride(0), index.stride(1), KIND=KINDS[kind], P=k_cache.shape[2], D=k_cache.shape[3], ROWS=rows,
         num_warps=4,
-    )
+    )  # fmt: skip

@@ -54,9 +54,16 @@ def _threshold(key, free, need):
 
 
 @triton.jit
-def _choose(s, BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB: tl.constexpr):
-    """Write the ascending ids (and physical pages) of the `capacity` best of `count` pages; ties to the lower page."""
+def _choose(
+    s, BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB: tl.constexpr, EARLY: tl.constexpr = False
+):  # fmt: skip
+    """Write the ascending ids (and physical pages) of the `capacity` best of `count` pages; ties to the lower page.
+
+    EARLY: the whole block table is read beside the scores, not the chosen pages' after the search.
+    """
     page = tl.arange(0, NB)
+    if EARLY:
+        phys = tl.load(BT + page, mask=page < count, other=0)
     forced = (page < count) & ((page < first) | (page >= last))
     free = (page < count) & (forced == 0)
     kept = tl.minimum(count, capacity)
@@ -71,31 +78,34 @@ def _choose(s, BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB: tl.cons
         chosen = forced | above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(IDS + place, page, mask=chosen)
-    tl.store(PAGES + place, tl.load(BT + page, mask=chosen, other=0), mask=chosen)
+    if not EARLY:
+        phys = tl.load(BT + page, mask=chosen, other=0)
+    tl.store(PAGES + place, phys, mask=chosen)
     tl.store(IDS + page, -1, mask=(page >= kept) & (page < capacity))
     tl.store(COUNTS, kept)
 
 
 @triton.jit
 def _select(
-    SCP, BT, IDS, PAGES, COUNTS, count, rows, first, last, capacity, np_cap, GROUP: tl.constexpr, NB: tl.constexpr
-):
+    SCP, BT, IDS, PAGES, COUNTS, count, rows, first, last, capacity, np_cap, GROUP: tl.constexpr, NB: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):  # fmt: skip
     """Select with the smallest of three block sizes that holds the request's pages and the list."""
     most = tl.maximum(count, capacity)
     if NB > 512 and most <= 512:
         _choose(
             _load_scores(SCP, count, rows, np_cap, GROUP, 512),
-            BT, IDS, PAGES, COUNTS, count, first, last, capacity, 512,
+            BT, IDS, PAGES, COUNTS, count, first, last, capacity, 512, EARLY,
         )  # fmt: skip
     elif NB > 2048 and most <= 2048:
         _choose(
             _load_scores(SCP, count, rows, np_cap, GROUP, 2048),
-            BT, IDS, PAGES, COUNTS, count, first, last, capacity, 2048,
+            BT, IDS, PAGES, COUNTS, count, first, last, capacity, 2048, EARLY,
         )  # fmt: skip
     else:
         _choose(
             _load_scores(SCP, count, rows, np_cap, GROUP, NB),
-            BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB,
+            BT, IDS, PAGES, COUNTS, count, first, last, capacity, NB, EARLY and NB <= 2048,
         )  # fmt: skip
 
 
@@ -256,6 +266,32 @@ def _score_select(
             _count(STATS, kept * P - (count * P - n), n, scored, kept, True)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the scores that read the page index are launched; the lists are the same.
+
+    Attributes:
+        heads: 0 = `_score_select`; else KV heads of a program of `score_heads`, fewer where they do not fit.
+        columns: records (pages times heads) that a program of `score_heads` scores at once.
+        programs: most programs of a launch.
+        num_stages: of the compiler's pipeline over tiles.
+        fused: one launch of `score_heads`; else its lists are chosen by a second one.
+        pdl: the second launch is set up while the first runs (programmatic dependent launch; sm_90 and later).
+    """
+
+    heads: int = 0
+    columns: int = TILE
+    programs: int = PROGRAMS
+    num_warps: int = 4
+    num_stages: int = 3
+    fused: bool = True
+    pdl: bool = False
+
+
+PLAN = Plan()
+"""The plan in use."""
+
+
 @dataclass
 class SelectBuffers:
     """Scratch and results of `score_select`, allocated once per engine so that captured steps find them again."""
@@ -321,7 +357,7 @@ def score_select(
     group: str,
     index_kind: str,
     radius: float = 1.0,
-    num_warps: int = 4,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill `buffers.ids`, `buffers.pages` [R, H, capacity] and `buffers.counts` [R, H]; shapes as in `reference`.
 
@@ -331,6 +367,7 @@ def score_select(
         max_query_len: most query tokens of a request (1 + drafts); a constant of the captured graph.
         dense_limit: requests of up to this many keys are dense.
         radius: share of the half-range in the score `bound`; 1 = Quest's upper bound.
+        plan: None = `PLAN`.
 
     Returns:
         (ids, pages, counts): logical pages, the same as physical pages, and how many; views of the buffers.
@@ -339,7 +376,18 @@ def score_select(
     g, d, page = q.shape[1] // heads, q.shape[2], k_cache.shape[2]
     np_cap = buffers.scores.shape[3]
     ind = index if index is not None else k_cache
-    workers = max(1, min(triton.cdiv(np_cap, TILE), PROGRAMS // (requests * heads)))
+    plan = plan or PLAN
+    kind = KINDS.get(index_kind, -1) if index is not None else -1
+    if plan.heads and score in ("bound", "dot") and group != "softmax":
+        from vllm_ext.kernels.score_heads import score_heads  # which imports this module
+
+        score_heads(
+            q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping, buffers, plan,
+            max_query_len=max_query_len, scale=scale, radius=radius, dense_limit=dense_limit, capacity=capacity,
+            sink=sink, local=local, score=SCORES[score], group=GROUPS[group], kind=kind,
+        )  # fmt: skip
+        return buffers.ids[:requests], buffers.pages[:requests], buffers.counts[:requests]
+    workers = max(1, min(triton.cdiv(np_cap, TILE), plan.programs // (requests * heads)))
     _score_select[(requests * heads, workers)](
         q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping,
         buffers.scores, buffers.ids, buffers.pages, buffers.counts, buffers.ticket, buffers.stats,
@@ -348,7 +396,6 @@ def score_select(
         ind.stride(0), ind.stride(1),
         H=heads, G=g, ROWS=padded_rows(max_query_len, g), D=d, DP=triton.next_power_of_2(d), P=page,
         TILE=TILE, NB=triton.next_power_of_2(max(np_cap, capacity)), SCORE=SCORES[score], GROUP=GROUPS[group],
-        KIND=KINDS.get(index_kind, -1) if index is not None else -1, SC_ROWS=buffers.scores.shape[2],
-        num_warps=num_warps,
+        KIND=kind, SC_ROWS=buffers.scores.shape[2], num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
     return buffers.ids[:requests], buffers.pages[:requests], buffers.counts[:requests]

@@ -59,6 +59,18 @@ def _tile(
 
 
 @triton.jit
+def _end(first, TILES, tiles, NT, PROGRAMS: tl.constexpr, NAIVE: tl.constexpr):
+    """Tiles of the launch; with one tile a program at least whether there is one, read from the tile's own record."""
+    if NAIVE:
+        end = tiles * NT
+    elif PROGRAMS > 0:
+        end = tl.load(TILES + tiles * 4) * NT
+    else:
+        end = tl.where(tl.load(TILES + first // NT * 4) >= 0, first + 1, 0)
+    return end
+
+
+@triton.jit
 def _weights(W, row, col, rows, cols, last, stride, TMA: tl.constexpr):
     """A tile of weights [BN, BK] at (row, col); without TMA rows stop at `last`, so that nothing outside is read."""
     if TMA:
@@ -70,36 +82,53 @@ def _weights(W, row, col, rows, cols, last, stride, TMA: tl.constexpr):
 
 
 @triton.jit
-def _up_tile(
-    p, X, W, Y, TOKEN, TILES, IDS, MAP, x_row,
+def _up_rows(
+    e, row, live, nt, X, W, Y, TOKEN, x_row,
     E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, NAIVE: tl.constexpr,
 ):  # fmt: skip
-    """Y[row] = silu(W1 x) * (W3 x) for a tile of BM rows and BN columns."""
-    e, row, live, nt = _tile(p, TILES, IDS, MAP, (N + BN - 1) // BN, E, BM, GROUP, NAIVE, HAS_MAP)
+    """Y[row] = silu(W1 x) * (W3 x) for at most BM rows of an expert and BN columns."""
     rm = tl.arange(0, BM)
     rn = tl.arange(0, BN)
     rk = tl.arange(0, BK)
+    alive = (rm < live)[:, None]  # idle rows read nothing: they would all ask for one token
     if NAIVE:
         token = rm * 0 + row // K
     else:
-        token = tl.load(TOKEN + row + rm, mask=rm < live, other=0)  # idle rows read token 0 and are not stored
+        token = tl.load(TOKEN + row + rm, mask=rm < live, other=0)
     at = X + token.to(tl.int64)[:, None] * x_row + rk[None, :]
     gate_row = e * (2 * N) + nt * BN
     last = E * (2 * N) - 1
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
     for k in range(0, D, BK):
-        x = tl.load(at + k)
-        g = _weights(W, gate_row, k, rn, rk, last, D, TMA)
+        g = _weights(W, gate_row, k, rn, rk, last, D, TMA)  # before the tokens: their addresses are known at once
         u = _weights(W, gate_row + N, k, rn, rk, last, D, TMA)
+        x = tl.load(at + k, mask=alive, other=0.0)
         gate = tl.dot(x, g.T, gate, input_precision="ieee")
         up = tl.dot(x, u.T, up, input_precision="ieee")
     y = (gate / (1.0 + tl.exp(-gate)) * up).to(Y.dtype.element_ty)
     col = nt * BN + rn
     out = Y + (row + rm).to(tl.int64)[:, None] * N + col[None, :]
-    tl.store(out, y, mask=(rm < live)[:, None] & (col < N)[None, :])
+    tl.store(out, y, mask=alive & (col < N)[None, :])
+
+
+@triton.jit
+def _up_tile(
+    p, X, W, Y, TOKEN, TILES, IDS, MAP, x_row,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
+    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+):  # fmt: skip
+    """`_up_rows` for tile p; the last rows of an expert take a smaller tile if they fit."""
+    e, row, live, nt = _tile(p, TILES, IDS, MAP, (N + BN - 1) // BN, E, BM, GROUP, NAIVE, HAS_MAP)
+    if TAIL > 0:
+        if live <= TAIL:
+            _up_rows(e, row, live, nt, X, W, Y, TOKEN, x_row, E, K, D, N, TAIL, BN, BK, TMA, NAIVE)
+        else:
+            _up_rows(e, row, live, nt, X, W, Y, TOKEN, x_row, E, K, D, N, BM, BN, BK, TMA, NAIVE)
+    else:
+        _up_rows(e, row, live, nt, X, W, Y, TOKEN, x_row, E, K, D, N, BM, BN, BK, TMA, NAIVE)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -107,35 +136,30 @@ def _up(
     X, W, Y, TOKEN, TILES, IDS, MAP, x_row, tiles,
     E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
+    TAIL: tl.constexpr, TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_up_tile` for every tile: one a program, or in turns by `PROGRAMS` programs."""
     overlap_launches(PDL)
-    if NAIVE:
-        total = tiles * ((N + BN - 1) // BN)
-    else:
-        total = tl.load(TILES + tiles * 4) * ((N + BN - 1) // BN)
     first = tl.program_id(0)
+    total = _end(first, TILES, tiles, (N + BN - 1) // BN, PROGRAMS, NAIVE)
     if PROGRAMS > 0:
         for p in tl.range(first, total, PROGRAMS, flatten=True):
             _up_tile(
-                p, X, W, Y, TOKEN, TILES, IDS, MAP, x_row, E, K, D, N, BM, BN, BK, GROUP, TMA, NAIVE, HAS_MAP
+                p, X, W, Y, TOKEN, TILES, IDS, MAP, x_row, E, K, D, N, BM, BN, BK, GROUP, TAIL, TMA, NAIVE, HAS_MAP
             )  # fmt: skip
     elif first < total:
         _up_tile(
-            first, X, W, Y, TOKEN, TILES, IDS, MAP, x_row, E, K, D, N, BM, BN, BK, GROUP, TMA, NAIVE, HAS_MAP
+            first, X, W, Y, TOKEN, TILES, IDS, MAP, x_row, E, K, D, N, BM, BN, BK, GROUP, TAIL, TMA, NAIVE, HAS_MAP
         )  # fmt: skip
 
 
 @triton.jit
-def _down_tile(
-    p, A, Y, W, OUT, TILES, IDS, MAP,
+def _down_rows(
+    e, row, live, nt, A, Y, W, OUT,
     E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """OUT[row] = W2 y[row] for a tile of BM rows and BN columns."""
-    e, row, live, nt = _tile(p, TILES, IDS, MAP, (D + BN - 1) // BN, E, BM, GROUP, NAIVE, HAS_MAP)
+    """OUT[row] = W2 y[row] for at most BM rows of an expert and BN columns."""
     rm = tl.arange(0, BM)
     rn = tl.arange(0, BN)
     rk = tl.arange(0, BK)
@@ -144,7 +168,7 @@ def _down_tile(
     last = E * D - 1
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, N, BK):
-        if TMA:
+        if ROWS_TMA:
             y = A.load([row, k])
         else:
             y = tl.load(at + k)
@@ -155,25 +179,40 @@ def _down_tile(
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=(rm < live)[:, None] & (col < D)[None, :])
 
 
+@triton.jit
+def _down_tile(
+    p, A, Y, W, OUT, TILES, IDS, MAP,
+    E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
+    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
+):  # fmt: skip
+    """`_down_rows` for tile p; the last rows of an expert take a smaller tile if they fit."""
+    e, row, live, nt = _tile(p, TILES, IDS, MAP, (D + BN - 1) // BN, E, BM, GROUP, NAIVE, HAS_MAP)
+    if TAIL > 0:
+        if live <= TAIL:  # the descriptor of the rows is for BM of them
+            _down_rows(e, row, live, nt, A, Y, W, OUT, E, D, N, TAIL, BN, BK, TMA, False)
+        else:
+            _down_rows(e, row, live, nt, A, Y, W, OUT, E, D, N, BM, BN, BK, TMA, TMA)
+    else:
+        _down_rows(e, row, live, nt, A, Y, W, OUT, E, D, N, BM, BN, BK, TMA, TMA)
+
+
 @triton.jit(do_not_specialize=["tiles"])
 def _down(
     A, Y, W, OUT, TILES, IDS, MAP, tiles,
     E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
+    TAIL: tl.constexpr, TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_down_tile` for every tile: one a program, or in turns by `PROGRAMS` programs."""
     overlap_launches(PDL)
-    if NAIVE:
-        total = tiles * ((D + BN - 1) // BN)
-    else:
-        total = tl.load(TILES + tiles * 4) * ((D + BN - 1) // BN)
     first = tl.program_id(0)
+    total = _end(first, TILES, tiles, (D + BN - 1) // BN, PROGRAMS, NAIVE)
     if PROGRAMS > 0:
         for p in tl.range(first, total, PROGRAMS, flatten=True):
-            _down_tile(p, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TMA, NAIVE, HAS_MAP)
+            _down_tile(p, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TAIL, TMA, NAIVE, HAS_MAP)
     elif first < total:
-        _down_tile(first, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TMA, NAIVE, HAS_MAP)
+        _down_tile(first, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TAIL, TMA, NAIVE, HAS_MAP)
 
 
 @triton.jit
@@ -210,6 +249,8 @@ class Tile:
         group: row tiles of an expert that run together.
         tma: the tensor memory accelerator loads what is contiguous.
         programs: each one works through several tiles, loading the next during the end of the last; 0 = one tile each.
+        tail: rows of a smaller tile for the last rows of an expert, where they fit; 0 = none, as with `programs`. From
+            64 on both tiles use the same instructions, so that no bit of a row depends on which one it is in.
     """
 
     bm: int
@@ -220,6 +261,7 @@ class Tile:
     group: int = 8
     tma: bool = True
     programs: int = 0
+    tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,11 +269,13 @@ class Tiles:
     """Tiles of both GEMMs; `up.bn` columns of the gate and as many of the up projection are one tile.
 
     `pdl`: each launch is set up while the one before it still runs (programmatic dependent launch).
+    `prefetch`: MiB of the first experts' gate and up projection that are brought into the L2 cache during the sort.
     """
 
     up: Tile
     down: Tile
     pdl: bool = False
+    prefetch: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -299,7 +343,10 @@ def sonic_moe(
     y2 = x.new_empty(pairs * d) if y2 is None else y2
     y1, y2 = y1.view(-1)[: pairs * n].view(pairs, n), y2.view(-1)[: pairs * d].view(pairs, d)
     naive = unsorted(pairs, experts)
-    plan = _each_its_own(ids, pairs, tiles) if naive else route(ids, experts, tiles.up.bm, expert_map, tiles.pdl)
+    if naive:
+        plan = _each_its_own(ids, pairs, tiles)
+    else:
+        plan = route(ids, experts, tiles.up.bm, expert_map, tiles.pdl, w13, tiles.prefetch)
     flags = {"NAIVE": naive, "HAS_MAP": expert_map is not None, "PDL": tiles.pdl, **pdl_options(tiles.pdl)}
     mapping = ids if expert_map is None else expert_map
     up(x, w13, y1, plan, ids, mapping, k, tiles.up, flags)
@@ -330,7 +377,7 @@ def up(
     _up[(min(tile.programs or most, most),)](
         x, weights, y1, plan.token, plan.tiles, ids, mapping, x.stride(0), plan.max_tiles,
         E=experts, K=k, D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP=tile.group,
-        PROGRAMS=_turns(tile, most), TMA=tile.tma,
+        PROGRAMS=_turns(tile, most), TAIL=0 if flags["NAIVE"] else tile.tail, TMA=tile.tma,
         num_warps=tile.warps, num_stages=tile.stages, **flags,
     )  # fmt: skip
 
@@ -349,7 +396,7 @@ def down(
     _down[(min(tile.programs or most, most),)](
         rows, y1, weights, y2, plan.tiles, ids, mapping, plan.max_tiles,
         E=experts, D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP=tile.group,
-        PROGRAMS=_turns(tile, most), TMA=tile.tma,
+        PROGRAMS=_turns(tile, most), TAIL=0 if flags["NAIVE"] else tile.tail, TMA=tile.tma,
         num_warps=tile.warps, num_stages=tile.stages, **flags,
     )  # fmt: skip
 

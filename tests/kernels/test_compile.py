@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from vllm_ext.kernels.score_heads import Sizes
+from vllm_ext.kernels.score_select import Plan
+
 STACK = 16
 """Bytes of stack a thread may use. Observed with Triton 3.9: 0, and 8 in some variants of `score_select`."""
 SHARED = 232448
@@ -40,7 +43,12 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
 
     found: dict[str, tuple[str, dict[str, int], int]] = {}
     for d, page, kind in ((64, 16, 0), (128, 64, 0), (256, 128, 0), (128, 64, 1)):
-        found[f"index {kind} D{d} P{page}"] = ("index", {"KIND": kind, "P": page, "D": d}, 3)
+        for rows in (1, 64):
+            found[f"index {kind} D{d} P{page} rows {rows}"] = (
+                "index",
+                {"KIND": kind, "P": page, "D": d, "ROWS": rows},
+                3,
+            )
     groups, splits = (1, 4, 16), (1, 6, 32)
     square = [
         (d, page, groups[(i + j) % 3], splits[(i + 2 * j) % 3])
@@ -59,6 +67,16 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
     ):  # fmt: skip
         name = f"select D{d} P{page} G{g} N{pages} score {score} group {group}"
         found[name] = ("select", select(d, page, g, pages, score, group, kind), 3)
+    found["select with two tiles in flight"] = ("select", select(128, 64, 4, 512, 0, 0, 0), 5)
+    for d, page, g, plan, stages in (
+        (128, 64, 4, Plan(1), 3), (128, 64, 4, Plan(2), 3), (128, 64, 4, Plan(8, fused=False), 3),
+        (128, 64, 4, Plan(8, 32, fused=False, pdl=True), 5), (128, 64, 16, Plan(8, fused=False), 2),
+        (64, 16, 3, Plan(8, fused=False), 3), (256, 128, 2, Plan(8, 32, fused=False), 3),
+    ):  # fmt: skip
+        name = f"heads {plan.heads} x {plan.columns} D{d} P{page} G{g} fused {plan.fused}"
+        found[name] = ("heads", heads(d, page, g, plan), stages)
+    for pages in (512, 2048):
+        found[f"lists N{pages}"] = ("lists", {"H": 8, "P": 64, "NB": pages, "PDL": pages == 512}, 3)
     found["window records"] = ("records", {"P": 64, "D": 128}, 3)
     for g in (4, 16):
         sizes = {"H": 8, "G": g, "ROWS": 16, "D": 128, "DP": 128, "P": 64, "TILE": 64}
@@ -113,6 +131,14 @@ def select(d: int, page: int, g: int, pages: int, score: int, group: int, kind: 
     return {**fixed, **rows, "SCORE": score, "GROUP": group, "KIND": kind}
 
 
+def heads(d: int, page: int, g: int, plan: Plan) -> dict[str, int]:
+    """Constants of `score_heads` as its launcher works them out for one query token."""
+    sizes = Sizes.of(plan, 8, g)
+    rows = {"HB": sizes.heads, "MR": sizes.head_rows, "ROWS": sizes.rows, "TILE": sizes.tile}
+    fixed = {"H": 8, "G": g, "M": 1, "D": d, "DP": power(d), "P": page, "SCORE": 0, "GROUP": 0, "KIND": 0}
+    return {**fixed, **rows, "NB": 512 if plan.fused else 1, "FUSED": plan.fused, "PDL": plan.pdl}
+
+
 CHILD = r"""
 import json, re, subprocess, sys, tempfile
 from pathlib import Path
@@ -120,7 +146,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_ext.kernels import index_update, mass_select, residual_decode, score_select, sparse_decode, tail_sample
-from vllm_ext.kernels import gate, mixed_decode, page_clusters, window_select
+from vllm_ext.kernels import gate, mixed_decode, page_clusters, score_heads, window_select
 
 KERNELS = {
     "index": index_update._update_index, "select": score_select._score_select, "decode": sparse_decode._sparse_decode,
@@ -128,7 +154,7 @@ KERNELS = {
     "pilot": tail_sample._pilot, "rest": tail_sample._rest, "row_scores": mass_select._row_scores,
     "mass_select": mass_select._mass_select, "residual": residual_decode._residual_decode,
     "gate": gate._gate_step, "threshold": gate._threshold, "mixed": mixed_decode._mixed_decode,
-    "clusters": page_clusters._update_clusters,
+    "clusters": page_clusters._update_clusters, "heads": score_heads._score_heads, "lists": score_heads._select_lists,
 }
 FLOATS = (
     "scale", "radius", "rate", "factor", "cap", "mass", "exact", "sample", "log_weight", "gate", "eps", "threshold"

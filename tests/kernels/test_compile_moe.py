@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_ext.kernels import moe_route, sonic_moe
 from vllm_ext.moe.shape import SHAPES
-from vllm_ext.moe.sonic_tune import CANDIDATES, candidates
+from vllm_ext.moe.sonic_candidates import candidates
 
 POINTERS = dict.fromkeys(("X", "W", "Y", "OUT", "A"), "bf16") | {"WEIGHTS": "fp32"}
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -55,13 +55,15 @@ def compile_one(fn, constants, warps, stages, descriptors=None):
     return {
         "shared": done.metadata.shared, **{k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)},
         "wgmma": ptx.count("wgmma.mma_async"), "tma": ptx.count("cp.async.bulk.tensor"),
+        "prefetch": ptx.count("cp.async.bulk.prefetch.L2"),
         "pending": sorted(set(map(int, re.findall(r"wgmma.wait_group.sync.aligned\s+(\d+)", ptx)))),
     }
 
 
 def gemm(which, tile, shape):
     fixed = {"E": shape.experts, "D": shape.d, "N": shape.n, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
-    fixed |= {"GROUP": tile.group, "PROGRAMS": tile.programs, "TMA": tile.tma, "NAIVE": False, "HAS_MAP": False}
+    fixed |= {"GROUP": tile.group, "PROGRAMS": tile.programs, "TAIL": tile.tail, "TMA": tile.tma}
+    fixed |= {"NAIVE": False, "HAS_MAP": False}
     blocks = {"W": [tile.bn, tile.bk]}
     if which == "up":
         fixed["K"] = shape.k
@@ -74,15 +76,21 @@ def gemm(which, tile, shape):
 shape = SHAPES["qwen3-30b-a3b"]
 found = {}
 for bm, rows in {16: 1, 64: 24, 128: 512}.items():
-    every = [t for t in candidates(shape, rows * shape.experts // shape.k) if t.up.bm == bm]
-    for tiles in every if bm == 128 else every[:2]:
-        for which, tile in (("up", tiles.up), ("down", tiles.down)):
+    for which, every in zip(("up", "down"), candidates(shape, rows * shape.experts // shape.k)):
+        every = [t for t in every if t.bm == bm]
+        for tile in every if bm == 128 else every[:2] + every[-1:]:
             found[" ".join(map(str, (which, *astuple(tile))))] = gemm(which, tile, shape)
+for which, bm, n, k, warps, stages in (  # of the wide search: the deepest, and those that share an SM
+    ("up", 128, 128, 128, 8, 2), ("up", 64, 128, 64, 4, 2), ("down", 64, 128, 64, 4, 3), ("down", 128, 128, 128, 8, 3),
+):
+    tile = sonic_moe.Tile(bm, n, k, warps, stages)
+    found[" ".join(map(str, (which, *astuple(tile))))] = gemm(which, tile, shape)
 for experts, chunk, alone in ((8, 512, True), (512, 512, True), (128, 1024, False)):
-    fixed = {"E": experts, "EB": experts, "CHUNK": chunk, "HAS_MAP": True}
-    sizes = {"SUB": max(16, min(chunk, 8192 // experts)), "HB": 4096 // experts, "TB": 16, "K": 8, "BM": 128}
-    found[f"place {experts}"] = compile_one(moe_route._place, fixed | sizes | {"ALONE": alone}, 8, 3)
-    found[f"count {experts}"] = compile_one(moe_route._count, fixed, 4, 3)
+    fixed = {"E": experts, "EB": experts, "CHUNK": chunk, "HAS_MAP": True, "PARTS": 64}
+    sizes = {"SUB": max(16, min(chunk, 64 if alone else 128, 16384 // experts)), "HB": 4096 // experts, "TB": 16}
+    sizes |= {"K": 8, "BM": 128, "ALONE": alone, "MIB": 32 if alone else 0, "WARPS": 8}
+    found[f"place {experts}"] = compile_one(moe_route._place, fixed | sizes, 8, 3)
+    found[f"count {experts}"] = compile_one(moe_route._count, fixed | {"MIB": 32, "WARPS": 4}, 4, 3)
 fixed = {"E": 128, "K": 8, "D": 2048, "BD": 2048, "NAIVE": False, "HAS_MAP": False}
 found["combine"] = compile_one(sonic_moe._combine, fixed, 4, 3)
 print("RESULT " + json.dumps(found))
@@ -113,3 +121,8 @@ def test_tall_tiles_keep_the_tensor_cores_busy(compiled: dict[str, dict[str, Any
     assert len(tall) > 15
     assert not {k: v for k, v in tall.items() if not v["wgmma"] or not v["tma"]}
     assert not {k: v["pending"] for k, v in tall.items() if max(v["pending"]) != (2 if k.startswith("up") else 1)}
+
+
+def test_weights_are_prefetched_by_the_first_launch_of_the_sort(compiled: dict[str, dict[str, Any]]) -> None:
+    found = {k: v["prefetch"] for k, v in compiled.items() if k.startswith(("place", "count"))}
+    assert found == {k: int(k != "place 128") for k in found}

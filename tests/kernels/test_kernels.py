@@ -9,7 +9,7 @@ from paged import DEVICE, Paged, fill_index, make
 from vllm_ext.kernels import reference
 from vllm_ext.kernels.index_update import update_index
 from vllm_ext.kernels.merge import merge
-from vllm_ext.kernels.score_select import SelectBuffers, score_select
+from vllm_ext.kernels.score_select import Plan, SelectBuffers, score_select
 from vllm_ext.kernels.sparse_decode import DecodeBuffers, sparse_decode
 
 # name: lens, queries, KV heads, group, head size, page, layout
@@ -46,8 +46,9 @@ def expected_list(p: Paged, r: int, score: str, group: str, capacity: int, radiu
 
 
 def run_select(
-    p: Paged, score: str, group: str, capacity: int, dense_limit: int = 0, pages: int = 0, radius: float = 1.0
-):
+    p: Paged, score: str, group: str, capacity: int, dense_limit: int = 0, pages: int = 0, radius: float = 1.0,
+    plan: Plan | None = None,
+):  # fmt: skip
     m = max(b - a for a, b in zip(p.starts, p.starts[1:]))
     heads = p.k_cache.shape[1]
     rows = m * p.q.shape[1] // heads
@@ -58,7 +59,7 @@ def run_select(
         p.q, p.k_cache, p.index, p.block_table, p.seq_lens, p.query_start_loc,
         torch.zeros(len(p.lens), dtype=torch.int32, device=DEVICE), p.slot_mapping, buf,
         max_query_len=m, scale=p.scale, dense_limit=dense_limit, capacity=capacity, score=score, group=group,
-        index_kind="minmax", radius=radius, **KW,
+        index_kind="minmax" if p.index.shape[2] == 2 else "mean", radius=radius, plan=plan, **KW,
     )  # fmt: skip
     for r in range(len(p.lens)):
         for h in range(heads):
@@ -79,6 +80,33 @@ def test_index_of_completed_pages(name: str, kind: str) -> None:
         expected = reference.index_record(p.k_cache[full], kind)
         assert torch.allclose(p.index[full].float(), expected.float(), atol=1e-6)
     assert p.index[2:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("kind", ["minmax", "mean"])
+@pytest.mark.parametrize("seed", range(3))
+def test_index_of_prompt_chunks(rows: int, kind: str, seed: int) -> None:
+    """Chunks of several requests that start and end inside pages, rows without a slot; nothing else is written."""
+    p = make(
+        [16 * 6 + 5, 37, 16, 15, 31, 100], [70, 30, 1, 9, 2, 85], 2, 2, 64, 16, records=2 - (kind == "mean"), seed=seed
+    )
+    gen = torch.Generator().manual_seed(seed)
+    slots = p.slot_mapping.clone()
+    slots[torch.randint(0, slots.numel(), (9,), generator=gen).to(DEVICE)] = -1
+    slots = torch.cat([torch.full((seed,), -1, device=DEVICE), slots])[seed:]  # a view that is not aligned
+    want = p.index.clone()
+    reference.update_index(p.k_cache, want, slots, kind)
+    update_index(p.k_cache, p.index, slots, kind, rows)
+    assert torch.allclose(p.index, want, atol=1e-6, equal_nan=True)
+    assert 5 < (~p.index.isnan().flatten(1).any(1)).sum() < p.index.shape[0] - 4
+
+
+def test_index_of_many_pages_in_neighbouring_rows() -> None:
+    """A program whose every token completes a page (decode rows)."""
+    p = make([16] * 40, [1] * 40, 1, 1, 64, 16)
+    update_index(p.k_cache, p.index, p.slot_mapping, "minmax", 64)
+    pages = p.block_table[:, 0].long()
+    assert torch.equal(p.index[pages], reference.index_record(p.k_cache[pages], "minmax"))
 
 
 @pytest.mark.parametrize("group", ["max", "mean", "softmax"])

@@ -23,6 +23,7 @@ def tune(
     tokens: opt.Tokens = None,
     seconds: Annotated[float, typer.Option(help="time of the search for one number of tokens, about")] = 6.0,
     sonic: Annotated[bool, typer.Option("--sonic", help="also the tiles of sonic_moe")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="with --sonic: search many more tiles")] = False,
 ) -> None:
     """Find vLLM's tile configuration of the model's experts on this GPU, and write it where vLLM can find it.
 
@@ -33,11 +34,14 @@ def tune(
     from vllm_ext.evaluation.progress import bars
     from vllm_ext.moe.checkpoint import check_folder
     from vllm_ext.moe.tune import read_shape, report, tune
+    from vllm_ext.options import ConfigError
 
+    if wide and not sonic:
+        raise ConfigError("--wide searches tiles of sonic_moe; add --sonic, or leave it out.")
     shape = read_shape(model, tensor_parallel, expert_parallel)
     check_folder(out)
     with bars(str(shape)) as bar:
-        result = tune(shape, sorted(set(tokens)) if tokens else None, out, seconds, sonic, bar)
+        result = tune(shape, sorted(set(tokens)) if tokens else None, out, seconds, sonic, bar, wide)
     console = Console(width=120)
     console.print(report(result))
     print(f"written: {result.path}" + (f", {result.sonic_path}" if result.sonic_path else ""))

@@ -94,5 +94,5 @@ def read_row(row: dict[str, Any]) -> Row:
     """A row of the file."""
     from vllm_ext.kernels.sonic_moe import Tile, Tiles
 
-    tiles = Tiles(Tile(**row["tiles"]["up"]), Tile(**row["tiles"]["down"]), row["tiles"].get("pdl", False))
-    return Row(row["tokens"], tiles, row["time_s"], row["stock_s"])
+    tiles = row["tiles"] | {which: Tile(**row["tiles"][which]) for which in ("up", "down")}
+    return Row(row["tokens"], Tiles(**tiles), row["time_s"], row["stock_s"])

@@ -13,71 +13,63 @@ from vllm_ext.bench.compile_pool import CompilePool
 from vllm_ext.kernels import moe_route, sonic_moe
 from vllm_ext.kernels.sonic_moe import Tile, Tiles
 from vllm_ext.moe.shape import Shape
+from vllm_ext.moe.sonic_candidates import PREFETCH, candidates
 from vllm_ext.moe.sonic_table import file_name
 from vllm_ext.moe.sonic_warmup import compile_call
 
-# rows of a tile -> (columns of the gate's tile, depth, warps, stages, programs); the down projection's has twice the
-# columns, so that both have the same accumulators
-CANDIDATES: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
-    16: (
-        (32, 128, 4, 4, 0), (32, 256, 4, 3, 0), (64, 128, 4, 3, 0), (64, 64, 4, 4, 0), (32, 64, 4, 6, 0),
-        (64, 128, 8, 4, 0), (128, 64, 4, 4, 0), (128, 128, 8, 3, 0),
-    ),
-    32: ((32, 128, 4, 4, 0), (64, 128, 4, 3, 0), (64, 64, 4, 4, 0), (128, 64, 4, 3, 0), (64, 128, 8, 4, 0)),
-    64: ((64, 64, 4, 4, 0), (64, 64, 4, 3, 0), (128, 64, 4, 3, 0), (128, 64, 8, 4, 0), (64, 64, 8, 4, 0)),
-    128: (
-        (64, 64, 4, 3, 0), (64, 64, 8, 3, 0), (128, 64, 8, 3, 0), (128, 64, 8, 4, 0), (64, 64, 4, 3, 264),
-        (128, 64, 8, 3, 132), (64, 64, 8, 4, 132),
-    ),
-}  # fmt: skip
 
-
-def heights(rows: float) -> tuple[int, ...]:
-    """Rows of a tile worth trying for a mean number of rows of an expert."""
-    for most, found in ((2, (16,)), (8, (16, 32)), (24, (16, 32, 64)), (64, (32, 64, 128))):
-        if rows <= most:
-            return found
-    return (64, 128)
-
-
-def candidates(shape: Shape, tokens: int) -> list[Tiles]:
-    """Pairs of tiles to compile; each GEMM's are timed apart."""
-    rows = tokens * shape.k / shape.experts
+def pairs(ups: list[Tile], downs: list[Tile]) -> list[Tiles]:
+    """Every tile at least once, beside one of the other GEMM with as many rows: what a launch can compile."""
     found = []
-    for bm in heights(rows):
-        for n, k, warps, stages, programs in CANDIDATES[bm]:
-            tile = Tile(bm, n, k, warps, stages, programs=programs)
-            found.append(Tiles(tile, dataclasses.replace(tile, bn=2 * n)))
-    if rows >= 1024:
-        found += [
-            Tiles(dataclasses.replace(t.up, group=group), dataclasses.replace(t.down, group=group))
-            for t in found
-            for group in (4, 16, 32)
-            if t.up.bm == 128 and t.up.bn == 128 and not t.up.programs
-        ]
+    for bm in sorted({t.bm for t in ups}):
+        up, down = [t for t in ups if t.bm == bm], [t for t in downs if t.bm == bm]
+        found += [Tiles(up[i % len(up)], down[i % len(down)]) for i in range(max(len(up), len(down)))]
     return found
 
 
-def search(layer: moe.Layer, tokens: int, pool: CompilePool) -> tuple[Tiles, float]:
-    """(best tiles, seconds of a call)."""
+def search(layer: moe.Layer, tokens: int, pool: CompilePool, wide: bool = False) -> tuple[Tiles, float]:
+    """(best tiles, seconds of a call): each GEMM's tiles apart, then the whole call with its launches arranged in turn.
+
+    Args:
+        wide: more tiles for each GEMM, more heights, and loads without the tensor memory accelerator.
+    """
     shape = layer.shape
     calls = layer.calls(tokens, moe.routings(tokens))
-    found = candidates(shape, tokens)
+    ups, downs = candidates(shape, tokens, wide)
+    _compile(pool, shape, tokens, pairs(ups, downs))
+    best: tuple[float, Tiles] | None = None
+    for bm in sorted({t.bm for t in ups}):
+        plans = _plans(layer, calls, bm)
+        up_s, up = min(((_time(layer, calls, plans, "up", t), t) for t in ups if t.bm == bm), key=_seconds)
+        down_s, down = min(((_time(layer, calls, plans, "down", t), t) for t in downs if t.bm == bm), key=_seconds)
+        if best is None or up_s + down_s < best[0]:
+            best = up_s + down_s, Tiles(up, down)
+    assert best is not None
+    found = variants(best[1], sonic_moe.unsorted(tokens * shape.k, shape.experts))
+    _compile(pool, shape, tokens, found)
+    seconds, tiles = min(((_call(layer, calls, t), t) for t in found), key=_seconds)
+    return tiles, seconds
+
+
+def variants(tiles: Tiles, unsorted: bool) -> list[Tiles]:
+    """The call with and without overlapped launches, and with weights brought into the L2 cache during the sort."""
+    sizes = (0,) if unsorted else PREFETCH
+    return [dataclasses.replace(tiles, pdl=pdl, prefetch=size) for pdl in (False, True) for size in sizes]
+
+
+def _compile(pool: CompilePool, shape: Shape, tokens: int, found: list[Tiles]) -> None:
     for tiles in found:
         pool.submit(compile_call, shape, tokens, tiles)
     pool.wait()
-    best: tuple[float, Tiles] | None = None
-    for bm in heights(tokens * shape.k / shape.experts):
-        plans = _plans(layer, calls, bm)
-        ups = {t.up: _time(layer, calls, plans, "up", t.up) for t in found if t.up.bm == bm}
-        downs = {t.down: _time(layer, calls, plans, "down", t.down) for t in found if t.down.bm == bm}
-        up, down = min(ups, key=ups.__getitem__), min(downs, key=downs.__getitem__)
-        if best is None or ups[up] + downs[down] < best[0]:
-            best = ups[up] + downs[down], Tiles(up, down)
-    assert best is not None
-    overlapped = dataclasses.replace(best[1], pdl=True)
-    times = {t: moe.measure(moe.sonic(layer, calls, t), len(calls)) for t in (best[1], overlapped)}
-    return min(times.items(), key=lambda item: item[1])
+
+
+def _seconds(timed: tuple[float, Any]) -> float:
+    return timed[0]
+
+
+def _call(layer: moe.Layer, calls: list[Any], tiles: Tiles) -> float:
+    """Seconds of a call."""
+    return moe.measure(moe.sonic(layer, calls, tiles), len(calls))
 
 
 def _plans(layer: moe.Layer, calls: list[Any], bm: int) -> list[moe_route.Route]:
@@ -117,13 +109,15 @@ def tune(
     pool: CompilePool,
     folder: Path,
     progress: Callable[[str, int, int], None],
+    wide: bool = False,
 ) -> Path:
     """Write the table of tiles for the numbers of tokens in `stock`, the rows of `tune.tune`; returns its path."""
     rows: list[dict[str, Any]] = []
     path = folder / file_name(layer.shape, records.device_name())
+    command = "moe tune --sonic" + (" --wide" if wide else "")
     for row in stock:
-        tiles, seconds = search(layer, row["tokens"], pool)
+        tiles, seconds = search(layer, row["tokens"], pool, wide)
         rows.append({"tokens": row["tokens"], "tiles": tiles.as_dict(), "time_s": seconds, "stock_s": row["time_s"]})
-        records.save(records.record("moe tune --sonic", rows, shape=dataclasses.asdict(layer.shape)), path)
+        records.save(records.record(command, rows, shape=dataclasses.asdict(layer.shape)), path)
         progress("sonic_moe's tiles", len(rows), len(stock))
     return path

@@ -176,7 +176,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def tune(
-    shape: Shape, tokens: list[int] | None, folder: Path, seconds: float, sonic: bool, progress: Progress
+    shape: Shape,
+    tokens: list[int] | None,
+    folder: Path,
+    seconds: float,
+    sonic: bool,
+    progress: Progress,
+    wide: bool = False,
 ) -> Result:
     """Tune every number of tokens that `folder` has no result for; the files are complete after each one.
 
@@ -185,6 +191,7 @@ def tune(
         seconds: of the search for one number of tokens.
         sonic: also search the tiles of the SonicMoE kernels.
         progress: called with (what, done, total).
+        wide: search more of those tiles.
 
     Raises:
         ConfigError: no CUDA device.
@@ -212,7 +219,7 @@ def tune(
     if sonic:
         from vllm_ext.moe import sonic_tune
 
-        sonic_path = sonic_tune.tune(layer, rows, pool, folder, progress)
+        sonic_path = sonic_tune.tune(layer, rows, pool, folder, progress, wide)
     pool.close()
     return Result(path, rows, sonic_path)
 
