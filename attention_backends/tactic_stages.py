@@ -1,4 +1,4 @@
-"""Stages of Tactic: scores, lists by mass, attention: three launches a layer."""
+"""Stages of Tactic: scores, ranks, probes, lists by mass, attention: five launches a layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from vllm_ext.attention_backends.stages import DecodeBatch, PageLists, Read, Row, Stages
 from vllm_ext.attention_backends.tactic import Tactic
 from vllm_ext.kernels import reference_clusters
-from vllm_ext.kernels.mass_select import MassBuffers, mass_select
+from vllm_ext.kernels.mass_select import MassBuffers, mass_select, probe_room
 from vllm_ext.kernels.page_clusters import update_clusters
 from vllm_ext.kernels.reference import grouped
 from vllm_ext.kernels.reference_mass import select_mass
@@ -26,10 +26,13 @@ class TacticStages(Stages):
         return d.dtype.itemsize * clusters * (d.head_size + 1) if clusters else super().page_bytes
 
     def allocate(self) -> None:
-        """Scores, masses and probes of every page, and the lists."""
+        """Scores and ranks of every page, probes, and the lists."""
         d, method = self.dims, self.method
         pages = -(-d.max_model_len // method.page_size)
-        self.mass = MassBuffers.allocate(d.max_requests, d.num_kv_heads, d.rows, pages, method.capacity, d.device)
+        probes = probe_room(method.target, pages, method.page_size, d.max_query_len, method.sink, method.local)
+        self.mass = MassBuffers.allocate(
+            d.max_requests, d.num_kv_heads, d.rows, pages, method.capacity, probes, d.device
+        )
         self.partials = DecodeBuffers.allocate(d.max_requests, d.num_kv_heads, d.rows, d.head_size, d.device)
 
     def select(

@@ -123,7 +123,7 @@ def page_scores(
         s = torch.einsum("hrd,hnd->hrn", rows, record[:, :, 0])
     else:
         raise ValueError(f"unknown page score '{score}'; known: bound, dot, exact, recency")
-    s[:, :, n // page :] = -math.inf  # an incomplete page has no record
+    s[:, :, (n - q.shape[0]) // page :] = -math.inf  # no record before this step; such pages are read anyway
     return combine_rows(s * scale, group)
 
 

@@ -44,6 +44,11 @@ class Mass:
             return free, free, free, free, free  # too few pages for a fit: all exact
         return head, first, first + width, second, second + width
 
+    def most_ranks(self, pages: int) -> int:
+        """At least the ranks, exact and in segments, of any number of free pages up to `pages`: room in buffers."""
+        head, width = (math.ceil(pages * share) + 1 for share in (self.exact, self.sample))
+        return min(pages, max(8, head + 2 * width))
+
 
 def fit(y1: float, y2: float, ranks: tuple[int, int, int, int, int]) -> tuple[float, float]:
     """(a, b) of the mass a / x + b of rank x from the mean masses of two segments, a >= 0; x counts from 1."""

@@ -243,7 +243,10 @@ def _score_select(
             if SCORE == 2:
                 x = _tile_exact(q, K, table, tile, head, n, m, scale, k_page, k_head, k_tok, G, ROWS, P, D, DP, TILE)
             else:
-                x = _tile_indexed(q, INDEX, table, tile, head, n, scale, radius, i_page, i_head, SCORE, P, D, DP, TILE)
+                # a page that this step completes is read anyway, and another program may be writing its record
+                x = _tile_indexed(
+                    q, INDEX, table, tile, head, n - m, scale, radius, i_page, i_head, SCORE, P, D, DP, TILE
+                )
             if GROUP == 0:
                 tl.store(SCP + page, tl.max(tl.where(live[:, None], x, float("-inf")), 0), mask=page < count)
             elif GROUP == 1:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clear_routers import far_apart
 from fixed_cache import FIXED_CACHE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -70,30 +71,6 @@ def run(model: Path, plugins: dict[str, dict[str, Any]] | None, **extra: Any) ->
             "runner": type(worker.model_runner).__module__,
             "mode": str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode),
         }
-
-
-def far_apart(model: Path, experts: int) -> Path:
-    """Let the token alone decide its experts, with steps between the logits that rounding cannot cross.
-
-    The first channels hold a permutation of equal steps for each token, no layer writes to them, and routers see
-    nothing else. Otherwise two kernels choose other experts now and then, and texts part for good.
-    """
-    from safetensors.torch import load_file, save_file
-
-    (file,) = model.glob("*.safetensors")
-    weights = load_file(file)
-    generator = torch.Generator().manual_seed(5)
-    table = weights["model.embed_tokens.weight"]
-    steps = torch.linspace(-2, 2, experts) * table.float().std()
-    order = torch.stack([torch.randperm(experts, generator=generator) for _ in range(len(table))])
-    table[:, :experts] = steps[order].to(table.dtype)
-    for name, w in weights.items():
-        if name.endswith((".o_proj.weight", ".down_proj.weight")):
-            w[:experts] = 0
-        elif name.endswith(".mlp.gate.weight"):
-            w.zero_()[:, :experts].fill_diagonal_(2.0)
-    save_file(weights, file, metadata={"format": "pt"})
-    return model
 
 
 def apart(run: dict[str, Any], other: list[list[int]]) -> list[tuple[int, int, float]]:

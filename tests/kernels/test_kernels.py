@@ -159,7 +159,7 @@ def test_bound_is_above_every_logit_of_its_page_and_its_centre_is_not() -> None:
     rows = reference.grouped(p.q, 2)
     logits = torch.einsum("hrd,hnpd->hrnp", rows, keys).mul(p.scale).amax(-1).amax(1)
     bound, centre = (
-        reference.page_scores(p.q, p.k_cache, p.index, pages, 640, p.scale, "bound", "max", radius) for radius in (1, 0)
+        reference.page_scores(p.q, p.k_cache, p.index, pages, 641, p.scale, "bound", "max", radius) for radius in (1, 0)
     )
     assert (bound >= logits - 1e-4).all()
     assert (centre < logits).any()

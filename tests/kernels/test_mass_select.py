@@ -104,7 +104,7 @@ def test_kernels_equal_reference_with_clusters(name: str) -> None:
 
 def compare(name: str, mass: float, capacity: int, clusters: int) -> None:
     """Lists and counters of the kernels and of the reference."""
-    from vllm_ext.kernels.mass_select import MassBuffers, mass_select
+    from vllm_ext.kernels.mass_select import MassBuffers, mass_select, probe_room
 
     lens, queries, h, g, d, page = SHAPES[name]
     p = make(lens, queries, h, g, d, page, records=clusters + 1)
@@ -114,7 +114,8 @@ def compare(name: str, mass: float, capacity: int, clusters: int) -> None:
     else:
         fill_index(p, "mean")
     target, m = Mass(mass, 0.05, 0.03), max(queries)
-    buffers = MassBuffers.allocate(len(lens), h, m * g, 64, capacity, DEVICE)
+    probes = probe_room(target, 64, page, m, SINK, LOCAL)
+    buffers = MassBuffers.allocate(len(lens), h, m * g, 64, capacity, probes, DEVICE)
     stats = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     dense = torch.zeros(len(lens), dtype=torch.int32, device=DEVICE)
     ids, pages, counts = mass_select(
