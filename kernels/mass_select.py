@@ -20,9 +20,9 @@ from vllm_ext.kernels.page_ranks import free_pages, rank_pages, ranks, row_score
 from vllm_ext.kernels.reference_mass import Mass
 from vllm_ext.kernels.score_select import PROGRAMS, TILE, _count, _sort_key, _threshold, padded_rows
 
-PROBERS = 528
-"""Programs that probe, about: four for each of the 132 SMs of an H100."""
-MOST_SPLITS = 16
+SMS = 132
+"""Of an H100."""
+MOST_SPLITS = 32
 """Most programs that probe for one row."""
 
 
@@ -159,7 +159,9 @@ def _probe_pages(
     tl.debug_barrier()  # every thread's masses are written before the ticket says so
     if tl.atomic_add(TICKET + row, 1, sem="acq_rel") == lanes // MOST - 1:
         tl.store(TICKET + row, 0)  # ready for the next layer
-        kept = _kept_ranks(MASS + row * probe_cap, forced, free, top, one, two, width, mass, PB)
+        kept = tl.zeros([], tl.int32)
+        if free > 0:
+            kept = _kept_ranks(MASS + row * probe_cap, forced, free, top, one, two, width, mass, PB)
         worst = tl.load(RANKED + row * np_cap + kept - 1, mask=kept > 0, other=float("inf"))
         tl.store(EDGE + row, worst)
         if tl.load(SLOTS + q0) >= 0:
@@ -186,8 +188,9 @@ def _write_lists(
     chosen = (page < count) & (is_free == 0)
     phys = tl.load(BT + r.to(tl.int64) * bt_row + page, mask=page < count, other=0)
     margin = tl.full([NB], float("-inf"), tl.float32)
-    for j in range(0, m * G, 4):
-        i = j + tl.arange(0, 4)
+    TOGETHER: tl.constexpr = 4 if NB <= 2048 else 1  # rows whose scores are in registers
+    for j in range(0, m * G, TOGETHER):
+        i = j + tl.arange(0, TOGETHER)
         at = pair.to(tl.int64) * SC_ROWS + i
         edge = tl.load(EDGE + at, mask=i < m * G, other=float("inf"))
         s = tl.load(SC + at[:, None] * np_cap + page[None, :], mask=(i < m * G)[:, None] & is_free[None, :], other=0.0)
@@ -215,6 +218,24 @@ def _write_lists(
     if tl.load(SLOTS + q0) >= 0:
         _count(STATS, kept * P - (count * P - n), n, count, kept, True)
         tl.atomic_add(STATS + 7, (total > capacity).to(tl.int64), sem="relaxed")
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """How pages are probed: with enough of them in flight, and no more programs than run at once."""
+
+    warps: int
+    stages: int
+    programs: int
+
+    @classmethod
+    def of(cls, page_bytes: int, clusters: int) -> ProbePlan:
+        """For pages of `page_bytes` of keys a KV head; the code that makes clusters needs many registers."""
+        wide = page_bytes > 16384
+        together = max(2, min(12, 65536 // page_bytes))
+        if clusters:
+            together = min(together, 1 if wide else 3)
+        return cls(8 if wide else 4, 2 if page_bytes > 32768 else 3 if wide else 4, SMS * together)
 
 
 @dataclass
@@ -300,15 +321,15 @@ def mass_select(
         target.exact, target.sample, sink, local, np_cap, probe_cap, bt_row, NB=block, **sizes,
         num_warps=block_warps(block),
     )  # fmt: skip
-    lanes = rows * max(1, min(MOST_SPLITS, probe_cap, round(PROBERS / (pairs * rows))))
-    warps, stages = probe_plan(page * dp * k_cache.element_size())
+    plan = ProbePlan.of(page * dp * k_cache.element_size(), clusters)
+    lanes = rows * max(1, min(MOST_SPLITS, probe_cap, plan.programs // (pairs * rows)))
     _probe_pages[(pairs * (1 + lanes),)](
         q, k_cache, index, seq_lens, query_start_loc, slot_mapping, buffers.counts, buffers.ranked, buffers.probes,
         buffers.mass, buffers.edges, buffers.ticket, stats,
         lanes, scale, iterations, sink, local, target.mass, target.exact, target.sample, np_cap, probe_cap,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), index.stride(0),
         index.stride(1), D=d, DP=dp, PB=triton.next_power_of_2(probe_cap), ELEMENT=k_cache.element_size(),
-        CLUSTERS=clusters, MOST=rows, STAGES=stages, **sizes, num_warps=warps,
+        CLUSTERS=clusters, MOST=rows, STAGES=plan.stages, **sizes, num_warps=plan.warps,
     )  # fmt: skip
     block = triton.next_power_of_2(max(np_cap, capacity))
     _write_lists[(pairs,)](
@@ -320,10 +341,5 @@ def mass_select(
 
 
 def block_warps(block: int) -> int:
-    """Warps of a program that holds a block of a row's pages in registers: eight entries a thread, sorted."""
-    return min(32, max(4, block // 256))
-
-
-def probe_plan(page_bytes: int) -> tuple[int, int]:
-    """(warps, pipeline stages) of a program that probes pages of `page_bytes` of keys: few registers, 48 KiB or so."""
-    return (4 if page_bytes <= 16384 else 8), (4 if page_bytes <= 16384 else 3 if page_bytes <= 32768 else 2)
+    """Warps of a program that holds a block of a row's pages in registers: 8 entries a thread, 16 of long rows."""
+    return max(4, block // (256 if block <= 4096 else 512))

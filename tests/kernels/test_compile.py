@@ -91,8 +91,6 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
         scores = {k: sizes[k] for k in keys} | {"TILE": 64, "SC_ROWS": g}
         for clusters in (0, page // 8):
             found[f"row_scores {shape} C{clusters}"] = ("row_scores", {**scores, "CLUSTERS": clusters}, 3)
-        mass = {k: sizes[k] for k in keys if k != "ROWS"} | {"NB": 2048, "SC_ROWS": g, "ELEMENT": 2}
-        found[f"mass_select {shape}"] = ("mass_select", mass, 3)
         both = {k: v for k, v in decode(d, page, g, parts, 1).items() if k not in FLAGS}
         found[f"residual {shape}"] = ("residual", both, min(3, stages_for(page, power(d), sizes["ROWS"])))
     for d, page, g in ((128, 64, 4), (64, 16, 3), (256, 64, 16)):
@@ -106,7 +104,26 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
         found[f"gate D{d} P{page} G{g}"] = ("gate", sizes, 3)
     for d, page, clusters in ((64, 16, 2), (128, 64, 4), (128, 128, 16), (256, 128, 8)):
         found[f"clusters D{d} P{page} C{clusters}"] = ("clusters", {"C": clusters, "P": page, "D": d}, 3)
+    found |= mass_cases()
     found["threshold"] = ("threshold", {"H": 8, "P": 64, "NB": 2048, "CB": 64}, 3)
+    return found
+
+
+def mass_cases() -> dict[str, tuple[str, dict[str, int], int]]:
+    """Ranks, probes and lists of `mass_select`; `warps` is an option of the compiler."""
+    from vllm_ext.kernels.mass_select import ProbePlan, block_warps
+
+    found: dict[str, tuple[str, dict[str, int], int]] = {}
+    for block in (512, 2048, 4096):
+        sizes = {"H": 8, "G": 4, "P": 64, "NB": block, "SC_ROWS": 4, "warps": block_warps(block)}
+        if block == 2048:  # and a quarter of it; long to compile
+            found[f"rank_pages N{block}"] = ("rank_pages", sizes, 3)
+        found[f"mass_lists N{block}"] = ("mass_lists", sizes, 3)
+    for d, page, clusters in ((128, 64, 0), (128, 64, 4), (80, 16, 0), (128, 128, 16), (256, 64, 0)):
+        plan = ProbePlan.of(page * power(d) * 2, clusters)
+        sizes = {"H": 8, "G": 4, "D": d, "DP": power(d), "P": page, "PB": 64, "SC_ROWS": 4, "ELEMENT": 2}
+        sizes |= {"CLUSTERS": clusters, "MOST": 4, "STAGES": plan.stages, "warps": plan.warps}
+        found[f"probe D{d} P{page} C{clusters}"] = ("probe", sizes, 3)
     return found
 
 
@@ -146,13 +163,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_ext.kernels import index_update, mass_select, residual_decode, score_select, sparse_decode, tail_sample
-from vllm_ext.kernels import gate, mixed_decode, page_clusters, score_heads, window_select
+from vllm_ext.kernels import gate, mixed_decode, page_clusters, page_ranks, score_heads, window_select
 
 KERNELS = {
     "index": index_update._update_index, "select": score_select._score_select, "decode": sparse_decode._sparse_decode,
     "records": window_select._update_windows, "coarse": window_select._coarse, "fine": window_select._fine_select,
-    "pilot": tail_sample._pilot, "rest": tail_sample._rest, "row_scores": mass_select._row_scores,
-    "mass_select": mass_select._mass_select, "residual": residual_decode._residual_decode,
+    "pilot": tail_sample._pilot, "rest": tail_sample._rest, "row_scores": page_ranks.row_scores,
+    "rank_pages": page_ranks.rank_pages, "probe": mass_select._probe_pages, "mass_lists": mass_select._write_lists,
+    "residual": residual_decode._residual_decode,
     "gate": gate._gate_step, "threshold": gate._threshold, "mixed": mixed_decode._mixed_decode,
     "clusters": page_clusters._update_clusters, "heads": score_heads._score_heads, "lists": score_heads._select_lists,
 }
@@ -163,7 +181,7 @@ POINTERS = {
     "Q": "bf16", "K": "bf16", "V": "bf16", "INDEX": "bf16", "OUT": "bf16", "SLOTS": "i64", "STATS": "i64",
     "SC": "fp32", "LOGW": "fp32", "LSE": "fp32", "PO": "fp32", "PL": "fp32", "PM": "fp32", "PP": "fp32", "PS": "fp32",
     "WQ": "bf16", "WK": "bf16", "QN": "bf16", "KN": "bf16", "TABLE": "fp32", "GATE": "fp32", "MASS": "fp32",
-    "STATE": "i64", "MU": "bf16", "LEVEL": "fp32", "SHARED": "fp32", "MEAN": "fp32",
+    "RANKED": "fp32", "EDGE": "fp32", "STATE": "i64", "MU": "bf16", "LEVEL": "fp32", "SHARED": "fp32", "MEAN": "fp32",
 }
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 cases, aligned = json.loads(sys.stdin.read())
@@ -172,6 +190,7 @@ cases, aligned = json.loads(sys.stdin.read())
 def compile_one(item):
     name, (kernel, constants, stages) = item
     fn = KERNELS[kernel]
+    warps = constants.pop("warps", 4)
     signature = {}
     for arg in fn.arg_names:
         if arg in constants:
@@ -185,7 +204,7 @@ def compile_one(item):
     at = {arg: i for i, arg in enumerate(fn.arg_names)}
     attributes = {(at[a],): [["tt.divisibility", 16]] for a, t in signature.items() if t[0] == "*" or a in aligned}
     source = ASTSource(fn, signature, constexprs={(at[k],): v for k, v in constants.items()}, attrs=attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": stages})
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()

@@ -88,10 +88,13 @@ SHAPES = {
     "two_requests": ([16 * 60 + 5, 16 * 33], [1, 1], 2, 2, 64, 16),
     "drafts_group_3": ([16 * 50 + 3], [2], 1, 3, 64, 16),
     "few_pages": ([16 * 5 + 1, 40, 90], [1, 1, 1], 1, 2, 80, 16),
+    "all_forced": ([48, 16 * 20 + 1], [1, 1], 1, 2, 64, 16),
 }
+LONG = {"long_and_short": ([16 * 301 + 7, 16 * 200], [1, 1], 1, 2, 64, 16)}
+"""Rows sorted as a block, and as a quarter of it."""
 
 
-@pytest.mark.parametrize(("mass", "capacity"), [(0.8, 64), (0.95, 12), (1.0, 64)])
+@pytest.mark.parametrize(("mass", "capacity"), [(0.8, 64), (0.95, 12), (1.0, 64), (1.0, 12)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_equal_reference(name: str, mass: float, capacity: int) -> None:
     compare(name, mass, capacity, 0)
@@ -102,20 +105,45 @@ def test_kernels_equal_reference_with_clusters(name: str) -> None:
     compare(name, 0.8, 64, 2)
 
 
-def compare(name: str, mass: float, capacity: int, clusters: int) -> None:
+@pytest.mark.parametrize("mass", [0.6, 1.0])
+def test_long_and_short_rows(mass: float) -> None:
+    compare("long_and_short", mass, 64, 0)
+
+
+def test_equal_pages_are_ranked_in_order() -> None:
+    """Pages of three kinds, hence scores that tie, also where a list is cut."""
+    compare("two_requests", 0.6, 20, 0, kinds=3)
+
+
+@pytest.mark.parametrize(
+    "target", [Mass(), Mass(0.9, 0.05, 0.03), Mass(0.9, 0.0, 0.1), Mass(0.9, 0.97, 0.01), Mass(1, 1, 0)]
+)
+def test_room_for_probes(target: Mass) -> None:
+    """No number of free pages has more ranks to probe than the buffers have room for."""
+    for free in range(1, 700):
+        head, start, end, second, last = target.ranks(free)
+        probes = head + end - start + last - second
+        assert probes <= min(free, target.most_ranks(free))
+        assert target.most_ranks(free) <= target.most_ranks(free + 1)
+
+
+def compare(name: str, mass: float, capacity: int, clusters: int, kinds: int = 0) -> None:
     """Lists and counters of the kernels and of the reference."""
     from vllm_ext.kernels.mass_select import MassBuffers, mass_select, probe_room
 
-    lens, queries, h, g, d, page = SHAPES[name]
+    lens, queries, h, g, d, page = (SHAPES | LONG)[name]
     p = make(lens, queries, h, g, d, page, records=clusters + 1)
     peaked(p)
+    if kinds:
+        p.k_cache.copy_(p.k_cache[torch.arange(p.k_cache.shape[0]) % kinds].clone())
     if clusters:
         fill_clusters(p, clusters)
     else:
         fill_index(p, "mean")
+    most = 1024 if max(lens) > 64 * page else 64
     target, m = Mass(mass, 0.05, 0.03), max(queries)
-    probes = probe_room(target, 64, page, m, SINK, LOCAL)
-    buffers = MassBuffers.allocate(len(lens), h, m * g, 64, capacity, probes, DEVICE)
+    probes = probe_room(target, most, page, m, SINK, LOCAL)
+    buffers = MassBuffers.allocate(len(lens), h, m * g, most, capacity, probes, DEVICE)
     stats = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     dense = torch.zeros(len(lens), dtype=torch.int32, device=DEVICE)
     ids, pages, counts = mass_select(
