@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "attention_backends"))
@@ -20,9 +22,23 @@ BASE = {
 
 
 def use_v2() -> None:
-    """Model runner V2 in Triton's interpreter, which must also take integer masks, as the compiler does."""
+    """Model runner V2 in Triton's interpreter, which must also take integer masks, as the compiler does.
+
+    The interpreter replaces the functions of `triton.language` in every call of every kernel and function, which is
+    most of its time; here they stay replaced.
+    """
     import v2_on_cpu  # noqa: F401
     from triton.runtime import interpreter
+
+    replace, replaced = interpreter._patch_lang, set()
+
+    def replace_once(fn: Any) -> Any:
+        if id(fn.__globals__) not in replaced:
+            replace(fn)
+            replaced.add(id(fn.__globals__))
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
 
     builder = interpreter.InterpreterBuilder
     store = builder.create_masked_store
@@ -64,24 +80,26 @@ def serve(
     model: str,
     prompts: list[list[int]],
     plugins: dict[str, Any] | None,
-    sampling: dict[str, Any],
+    sampling: dict[str, Any] | list[dict[str, Any]],
     rounds: int = 2,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Answers of one engine, what it drafted, and what it published."""
+    """Answers of one engine, what it drafted, and what it published; `sampling` of all prompts, or of each."""
     from vllm import SamplingParams
 
     import vllm_ext
     from vllm_ext.evaluation.engine import engine
 
     arguments = BASE | (vllm_ext.engine_args(*plugins, **plugins) if plugins else {}) | extra
-    params = SamplingParams(
-        **({"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False} | sampling)
-    )
+    greedy = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    params = [SamplingParams(**(greedy | s)) for s in each]
     with engine(model, arguments) as llm:
         steps = note_drafts(llm.llm_engine.engine_core.engine_core.scheduler)
         texts = [{"prompt_token_ids": p} for p in prompts]
+        began = time.monotonic()
         outputs = [llm.generate(texts, params, use_tqdm=False) for _ in range(rounds)]
+        seconds = time.monotonic() - began
         found = {m.name: getattr(m, "value", getattr(m, "values", 0)) for m in llm.get_metrics()}
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         rows = getattr(getattr(runner, "speculator", None), "rows", None) or getattr(runner, "drafter", None)
@@ -93,6 +111,8 @@ def serve(
             "cached": found.get("vllm:prefix_cache_hits", 0),
             "drafted": found.get("vllm:spec_decode_num_draft_tokens", 0),
             "accepted": found.get("vllm:spec_decode_num_accepted_tokens", 0),
+            "seconds": seconds,
+            "decoded": sum(map(len, steps)),
             "counted": None if drafter is None else drafter.counters.sum(0).tolist(),
             "left": None if drafter is None else len(drafter.running()),
             "runner": type(runner).__module__,
@@ -122,3 +142,23 @@ def real(model: str, runner: str, plugins: dict[str, Any], count: int, prompt: i
     texts = [p[:prompt] for load in loads for p in prompts(load, tokenizer, count // len(loads), 0)]
     sampling = {"max_tokens": output}
     return {name: serve(model, texts, p, sampling, rounds=1) for name, p in (("stock", None), ("with", plugins))}
+
+
+def full(model: str, runner: str, plugins: dict[str, Any] | None, output: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """Twenty greedy prompts of 16 to 92 tokens, and four sampled requests among them, on SmolLM2 in fp32."""
+    if runner == "v2":
+        use_v2()
+    from transformers import AutoTokenizer
+
+    from vllm_ext.bench.spec_loads import prompts
+
+    tokenizer, loads = AutoTokenizer.from_pretrained(model), ("edit", "summary", "chat", "agent")
+    made = {load: prompts(load, tokenizer, 5, 0) for load in loads}
+    texts = [made[loads[i % 4]][i // 4][: 16 + 4 * i] for i in range(20)]
+    sampling = [{"max_tokens": output}] * 20
+    for at in (4, 9, 14, 19):
+        texts.insert(at, texts[at])
+        sampling.insert(at, {"max_tokens": 40, "temperature": 0.8})
+    found = serve(model, texts, plugins, sampling, rounds=1, **extra)
+    kept = [i for i, s in enumerate(sampling) if "temperature" not in s]
+    return found | {"prompts": [texts[i] for i in kept], "tokens": [found["tokens"][0][i][0] for i in kept]}

@@ -17,8 +17,8 @@ from noisy_model import noisy_copy
 from vllm_ext.spec_decode.draft_length import SHAPE
 
 
-def run(function: str, *arguments: Any) -> Any:
-    """A function of `spec_engines` in a process of its own."""
+def run(function: str, *arguments: Any, timeout: float = 400) -> Any:
+    """A function of `spec_engines` in a process of its own; `timeout` in seconds."""
     code = (
         "import importlib.util, json, sys, torch; torch.set_num_threads(1); "
         "spec = importlib.util.spec_from_file_location('spec_engines', sys.argv[1]); "
@@ -28,7 +28,7 @@ def run(function: str, *arguments: Any) -> Any:
     command = [sys.executable, "-P", "-c", code, str(Path(__file__).with_name("spec_engines.py")), function]
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
-        [*command, json.dumps(arguments)], capture_output=True, text=True, timeout=400, env=environment, check=False
+        [*command, json.dumps(arguments)], capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0, done.stderr[-3000:]
