@@ -116,9 +116,8 @@ class ResaStages(HostedStages):
     ) -> None:
         """Also what prompts launch."""
         super().warm_up(query, k_cache, v_cache, index, block_table, scale)
-        dtype = self.priors[self.dims.layers[0]].mu.dtype
         for rows in request_counts(self.dims.max_requests, self.dims.num_kv_heads):
-            q = torch.zeros((rows, *query.shape[1:]), dtype=dtype, device=query.device)
+            q = torch.zeros((rows, *query.shape[1:]), dtype=self.dims.dtype, device=query.device)
             ints = torch.zeros((rows, block_table.stride(0)), dtype=torch.int32, device=query.device)
             lengths = torch.zeros(rows, dtype=torch.int32, device=query.device)
             self._over_pages(q, k_cache, v_cache, ints[:, : block_table.shape[1]], lengths, scale)

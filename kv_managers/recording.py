@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class RecordingImpl(AttentionImpl):
         super().__init__(*args, **kwargs)
         activate(get_current_vllm_config())
 
+    @abstractmethod
     def record(self, query: torch.Tensor, meta: Any, ring: torch.Tensor) -> None:
         """Write those of the step's queries [tokens, Hq, D] that will score to the ring."""
-        raise NotImplementedError
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)

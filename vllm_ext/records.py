@@ -44,16 +44,19 @@ def record(command: str, results: Any, *, commit: str | None = None, **extra: An
     return portable(data) | {"results": results}
 
 
-def kept(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def kept(folder: Path | None, name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Results of an earlier record of the same measurement, to be continued; [] where there is none.
 
     Args:
-        path: the record.
+        folder, name: where the record is.
         settings: of this run; the record must have the same, on the same device with the same versions.
 
     Raises:
-        ConfigError: it was made otherwise.
+        ConfigError: no folder is given, or the record was made otherwise.
     """
+    if folder is None:
+        raise ConfigError("--resume continues the record in a folder; give it with --out.")
+    path = folder / name
     if not path.exists():
         return []
     data = json.loads(path.read_text())

@@ -74,15 +74,20 @@ def test_other_backends_are_refused(flash):
 
 def test_an_earlier_record_is_kept_only_if_it_was_made_alike(tmp_path):
     path = tmp_path / "decode.json"
-    assert records.kept(path, {"steps": 4}) == []
+    assert records.kept(tmp_path, "decode.json", {"steps": 4}) == []
     records.save(records.record("bench decode", [{"label": "dense"}], settings={"steps": 4}), path)
-    assert records.kept(path, {"steps": 4}) == [{"label": "dense"}]
+    assert records.kept(tmp_path, "decode.json", {"steps": 4}) == [{"label": "dense"}]
     with pytest.raises(ConfigError, match=r"--resume: .* has other settings"):
-        records.kept(path, {"steps": 5})
+        records.kept(tmp_path, "decode.json", {"steps": 5})
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data | {"device": "another"}))
     with pytest.raises(ConfigError, match="has other device"):
-        records.kept(path, {"steps": 4})
+        records.kept(tmp_path, "decode.json", {"steps": 4})
+
+
+@pytest.mark.parametrize("command", [["decode", "--case", "1x100"], ["serving", "--load", "1x64+8"]])
+def test_resume_without_a_folder_is_refused(command, assert_refused):
+    assert_refused(["bench", *command, "--shape", "tiny", "--resume"], "--out")
 
 
 def test_a_failed_row_names_itself():

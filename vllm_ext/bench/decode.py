@@ -203,7 +203,7 @@ def _case(llm: Any, plan: Plan, case: Case, advance: Callable[[str, int, int], N
             whole = len(outputs.outputs) == case.batch and min(produced.values()) > 1
             if whole:
                 _note(stamps, modes, now, outputs, plan)
-                if len(stamps) == plan.warmup + 1:
+                if len(stamps) == plan.warmup:  # reading the counters takes time: still a step of the warm-up
                     meter = Meter(llm)
                 if len(stamps) % plan.steps == 1:
                     advance(case.label, len(stamps) - 1, total)

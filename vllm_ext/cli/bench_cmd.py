@@ -86,8 +86,8 @@ def decode(
         check_plots()
 
     settings = {"shape": shape, "cases": case, "steps": steps, "repeats": repeats, "eager": eager}
-    settings |= {"memory": memory, "peaked": peaked}
-    kept = records.kept(out / "decode.json", settings) if out is not None and resume else []
+    settings |= {"memory": memory, "stock_block_size": stock_block_size, "peaked": peaked}
+    kept = records.kept(out, "decode.json", settings) if resume else []
 
     def save(results: list[dict[str, Any]]) -> None:
         if out is not None:

@@ -49,7 +49,8 @@ def serving(
         parsed.row.engine_args()  # a wrong plugin or option ends the command before any engine starts
 
     settings = {"shape": shape, "loads": load, "pool": pool, "rate": rate, "seqs": seqs, "compiled": compiled}
-    kept = records.kept(out / "serving.json", settings) if out is not None and resume else []
+    settings |= {"eager": eager}
+    kept = records.kept(out, "serving.json", settings) if resume else []
 
     def save(results: list[dict[str, Any]]) -> None:
         if out is not None:
