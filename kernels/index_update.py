@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = {"minmax": 0, "mean": 1}
-ROWS = 1
+ROWS = 128
 """Tokens whose slots one program looks at."""
 
 

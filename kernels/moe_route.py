@@ -2,7 +2,6 @@
 
 Specification: `reference_moe.route`. A pair is (token, slot): pair t * k + j routes token t to `ids[t, j]`. Chunks of
 pairs are counted in a first launch and placed in a second; up to `ONE_CHUNK` pairs the second one counts for itself.
-The sort leaves the memory idle, so that programs beside it can bring the weights that are read first into the L2 cache.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ CHUNKS = 128
 """Most chunks of a longer list, about one for each of the 132 SMs of an H100."""
 TILE_RECORD = 4
 """Integers of a tile's record: expert, first tile of the expert, rows of the expert, first row of the expert."""
-PREFETCHERS = 64
-"""Programs that bring weights into the L2 cache while the others sort."""
 
 
 @triton.jit
@@ -35,27 +32,6 @@ def overlap_launches(PDL: tl.constexpr):
 def pdl_options(pdl: bool) -> dict[str, bool]:
     """Launch option of `overlap_launches`; left out where it is not wanted, since not every Triton knows it."""
     return {"launch_pdl": True} if pdl else {}
-
-
-@triton.jit
-def prefetch_l2(W, part, MIB: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr):
-    """Ask for one of `PARTS` parts of the first `MIB` MiB of W, 4 KiB a thread at a time; nothing waits for them."""
-    WIDTH: tl.constexpr = WARPS * 32
-    first = W.to(tl.int64, bitcast=True)
-    for at in range(0, MIB * 256 // PARTS, WIDTH):
-        piece = at + tl.arange(0, WIDTH)
-        address = first + (part * (MIB * 256 // PARTS) + piece).to(tl.int64) * 4096
-        tl.inline_asm_elementwise(
-            """{ .reg .pred p;
-            setp.ne.s32 p, $2, 0;
-            @p cp.async.bulk.prefetch.L2.global [$1], 4096;
-            mov.u32 $0, 0; }""",
-            "=r,l,r",
-            [address, (piece < MIB * 256 // PARTS).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -76,18 +52,13 @@ def _histogram(e, E: tl.constexpr, EB: tl.constexpr):
     return tl.histogram(tl.where(e == E, 0, e), EB) - tl.where(tl.arange(0, EB) == 0, skipped, 0)
 
 
-@triton.jit(do_not_specialize=["pairs", "chunks"])
+@triton.jit(do_not_specialize=["pairs"])
 def _count(
-    IDS, MAP, HIST, W, pairs, chunks,
+    IDS, MAP, HIST, pairs,
     E: tl.constexpr, EB: tl.constexpr, CHUNK: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
-    MIB: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """HIST[chunk] = pairs of each expert in a chunk; the programs behind the last chunk bring weights closer."""
+    """HIST[chunk] = pairs of each expert in a chunk."""
     chunk = tl.program_id(0)
-    if MIB > 0:  # noqa: SIM102  decided while compiling
-        if chunk >= chunks:
-            prefetch_l2(W, chunk - chunks, MIB, PARTS, WARPS)
-            return
     overlap_launches(PDL)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     e = local_expert(tl.load(IDS + at, mask=at < pairs, other=-1), MAP, at < pairs, E, HAS_MAP)
@@ -96,17 +67,13 @@ def _count(
 
 @triton.jit(do_not_specialize=["pairs", "chunks", "tiles", "share"])
 def _place(
-    IDS, MAP, HIST, TOKEN, ROW, TILES, W, pairs, chunks, tiles, share,
+    IDS, MAP, HIST, TOKEN, ROW, TILES, pairs, chunks, tiles, share,
     E: tl.constexpr, EB: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, HB: tl.constexpr,
     TB: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, HAS_MAP: tl.constexpr, ALONE: tl.constexpr,
-    PDL: tl.constexpr, MIB: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """TOKEN[row], ROW[pair] of one chunk's pairs, and `share` records of TILES; else see `_count`."""
+    """TOKEN[row], ROW[pair] of one chunk's pairs, and `share` records of TILES."""
     chunk = tl.program_id(0)
-    if MIB > 0:  # noqa: SIM102  decided while compiling
-        if chunk >= chunks:
-            prefetch_l2(W, chunk - chunks, MIB, PARTS, WARPS)
-            return
     overlap_launches(PDL)
     re = tl.arange(0, EB)
     before = tl.zeros([EB], tl.int32)
@@ -179,15 +146,7 @@ def max_tiles(pairs: int, experts: int, block_m: int) -> int:
     return (pairs - hit) // block_m + hit
 
 
-def route(
-    ids: Tensor,
-    experts: int,
-    block_m: int,
-    expert_map: Tensor | None = None,
-    pdl: bool = False,
-    weights: Tensor | None = None,
-    prefetch: int = 0,
-) -> Route:
+def route(ids: Tensor, experts: int, block_m: int, expert_map: Tensor | None = None, pdl: bool = False) -> Route:
     """Sort the pairs of `ids` by expert, stable.
 
     Args:
@@ -196,7 +155,6 @@ def route(
         block_m: rows of a tile.
         expert_map: [global experts] int32, expert on this rank or -1; None = the identity.
         pdl: programmatic dependent launch, see `overlap_launches`.
-        weights, prefetch: bring the first `prefetch` MiB of `weights` into the L2 cache meanwhile; GPUs only.
 
     Fixed launches and one allocation for given shapes, so the call can be captured.
     """
@@ -213,19 +171,12 @@ def route(
     pool = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     token, row, records, counts = pool.split(sizes)
     mapping, has_map = (ids, False) if expert_map is None else (expert_map, True)
-    mib = 0
-    if weights is not None and weights.device.type != "cpu":
-        mib = min(prefetch, weights.numel() * weights.element_size() >> 20)
-    w, helpers = (weights, PREFETCHERS) if mib else (ids, 0)
-    more = {"E": experts, "EB": eb, "CHUNK": chunk, "HAS_MAP": has_map, "PDL": pdl, "PARTS": PREFETCHERS}
-    more |= pdl_options(pdl)
+    more = {"E": experts, "EB": eb, "CHUNK": chunk, "HAS_MAP": has_map, "PDL": pdl, **pdl_options(pdl)}
     if not alone:
-        _count[(chunks + helpers,)](
-            ids, mapping, counts, w, pairs, chunks, MIB=mib, WARPS=4, num_warps=4, **more
-        )  # fmt: skip
-    _place[(chunks + (helpers if alone else 0),)](
-        ids, mapping, counts, token, row, records, w, pairs, chunks, tiles, share,
+        _count[(chunks,)](ids, mapping, counts, pairs, num_warps=4, **more)
+    _place[(chunks,)](
+        ids, mapping, counts, token, row, records, pairs, chunks, tiles, share,
         SUB=max(16, min(chunk, 64 if alone else 128, 16384 // eb)), HB=max(1, 4096 // eb), TB=16, K=k, BM=block_m,
-        ALONE=alone, MIB=mib if alone else 0, WARPS=8, num_warps=8, **more,
+        ALONE=alone, num_warps=8, **more,
     )  # fmt: skip
     return Route(token[:pairs], row[:pairs], records[: TILE_RECORD * tiles + 1], tiles, block_m)

@@ -4,6 +4,7 @@ Specification: `reference.page_scores` and `reference.select_pages`. A program s
 KV head; whichever program of a request and head finishes last selects, so that a captured step costs one launch.
 The same launch refreshes the index of the page that a decode step completes (K1): that page is always read, so no
 program of this step needs its record. Dense requests leave after one load and get `counts = -1`.
+Scores of the page index, one a page and KV head, are left to `score_records`.
 """
 
 from __future__ import annotations
@@ -269,32 +270,6 @@ def _score_select(
             _count(STATS, kept * P - (count * P - n), n, scored, kept, True)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the scores that read the page index are launched; the lists are the same.
-
-    Attributes:
-        heads: 0 = `_score_select`; else KV heads of a program of `score_heads`, fewer where they do not fit.
-        columns: records (pages times heads) that a program of `score_heads` scores at once.
-        programs: most programs of a launch.
-        num_stages: of the compiler's pipeline over tiles.
-        fused: one launch of `score_heads`; else its lists are chosen by a second one.
-        pdl: the second launch is set up while the first runs (programmatic dependent launch; sm_90 and later).
-    """
-
-    heads: int = 0
-    columns: int = TILE
-    programs: int = PROGRAMS
-    num_warps: int = 4
-    num_stages: int = 3
-    fused: bool = True
-    pdl: bool = False
-
-
-PLAN = Plan()
-"""The plan in use."""
-
-
 @dataclass
 class SelectBuffers:
     """Scratch and results of `score_select`, allocated once per engine so that captured steps find them again."""
@@ -360,7 +335,6 @@ def score_select(
     group: str,
     index_kind: str,
     radius: float = 1.0,
-    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill `buffers.ids`, `buffers.pages` [R, H, capacity] and `buffers.counts` [R, H]; shapes as in `reference`.
 
@@ -370,7 +344,6 @@ def score_select(
         max_query_len: most query tokens of a request (1 + drafts); a constant of the captured graph.
         dense_limit: requests of up to this many keys are dense.
         radius: share of the half-range in the score `bound`; 1 = Quest's upper bound.
-        plan: None = `PLAN`.
 
     Returns:
         (ids, pages, counts): logical pages, the same as physical pages, and how many; views of the buffers.
@@ -379,18 +352,17 @@ def score_select(
     g, d, page = q.shape[1] // heads, q.shape[2], k_cache.shape[2]
     np_cap = buffers.scores.shape[3]
     ind = index if index is not None else k_cache
-    plan = plan or PLAN
     kind = KINDS.get(index_kind, -1) if index is not None else -1
-    if plan.heads and score in ("bound", "dot") and group != "softmax":
-        from vllm_ext.kernels.score_heads import score_heads  # which imports this module
+    if score in ("bound", "dot") and group in ("max", "mean"):
+        from vllm_ext.kernels.score_records import score_records  # which imports this module
 
-        score_heads(
-            q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping, buffers, plan,
+        score_records(
+            q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping, buffers,
             max_query_len=max_query_len, scale=scale, radius=radius, dense_limit=dense_limit, capacity=capacity,
             sink=sink, local=local, score=SCORES[score], group=GROUPS[group], kind=kind,
         )  # fmt: skip
         return buffers.ids[:requests], buffers.pages[:requests], buffers.counts[:requests]
-    workers = max(1, min(triton.cdiv(np_cap, TILE), plan.programs // (requests * heads)))
+    workers = max(1, min(triton.cdiv(np_cap, TILE), PROGRAMS // (requests * heads)))
     _score_select[(requests * heads, workers)](
         q, k_cache, ind, block_table, seq_lens, query_start_loc, always_dense, slot_mapping,
         buffers.scores, buffers.ids, buffers.pages, buffers.counts, buffers.ticket, buffers.stats,
@@ -399,6 +371,6 @@ def score_select(
         ind.stride(0), ind.stride(1),
         H=heads, G=g, ROWS=padded_rows(max_query_len, g), D=d, DP=triton.next_power_of_2(d), P=page,
         TILE=TILE, NB=triton.next_power_of_2(max(np_cap, capacity)), SCORE=SCORES[score], GROUP=GROUPS[group],
-        KIND=kind, SC_ROWS=buffers.scores.shape[2], num_warps=plan.num_warps, num_stages=plan.num_stages,
+        KIND=kind, SC_ROWS=buffers.scores.shape[2], num_warps=4,
     )  # fmt: skip
     return buffers.ids[:requests], buffers.pages[:requests], buffers.counts[:requests]

@@ -154,12 +154,14 @@ def _up(
 
 
 @triton.jit
-def _down_rows(
-    e, row, live, nt, A, Y, W, OUT,
+def _down_tile(
+    p, A, Y, W, OUT, TILES, IDS, MAP,
     E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
 ):  # fmt: skip
-    """OUT[row] = W2 y[row] for at most BM rows of an expert and BN columns."""
+    """OUT[row] = W2 y[row] for a tile of BM rows and BN columns."""
+    e, row, live, nt = _tile(p, TILES, IDS, MAP, (D + BN - 1) // BN, E, BM, GROUP, NAIVE, HAS_MAP)
     rm = tl.arange(0, BM)
     rn = tl.arange(0, BN)
     rk = tl.arange(0, BK)
@@ -168,7 +170,7 @@ def _down_rows(
     last = E * D - 1
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, N, BK):
-        if ROWS_TMA:
+        if TMA:
             y = A.load([row, k])
         else:
             y = tl.load(at + k)
@@ -179,30 +181,12 @@ def _down_rows(
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=(rm < live)[:, None] & (col < D)[None, :])
 
 
-@triton.jit
-def _down_tile(
-    p, A, Y, W, OUT, TILES, IDS, MAP,
-    E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
-    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr,
-):  # fmt: skip
-    """`_down_rows` for tile p; the last rows of an expert take a smaller tile if they fit."""
-    e, row, live, nt = _tile(p, TILES, IDS, MAP, (D + BN - 1) // BN, E, BM, GROUP, NAIVE, HAS_MAP)
-    if TAIL > 0:
-        if live <= TAIL:  # the descriptor of the rows is for BM of them
-            _down_rows(e, row, live, nt, A, Y, W, OUT, E, D, N, TAIL, BN, BK, TMA, False)
-        else:
-            _down_rows(e, row, live, nt, A, Y, W, OUT, E, D, N, BM, BN, BK, TMA, TMA)
-    else:
-        _down_rows(e, row, live, nt, A, Y, W, OUT, E, D, N, BM, BN, BK, TMA, TMA)
-
-
 @triton.jit(do_not_specialize=["tiles"])
 def _down(
     A, Y, W, OUT, TILES, IDS, MAP, tiles,
     E: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TAIL: tl.constexpr, TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, NAIVE: tl.constexpr, HAS_MAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_down_tile` for every tile: one a program, or in turns by `PROGRAMS` programs."""
     overlap_launches(PDL)
@@ -210,9 +194,9 @@ def _down(
     total = _end(first, TILES, tiles, (D + BN - 1) // BN, PROGRAMS, NAIVE)
     if PROGRAMS > 0:
         for p in tl.range(first, total, PROGRAMS, flatten=True):
-            _down_tile(p, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TAIL, TMA, NAIVE, HAS_MAP)
+            _down_tile(p, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TMA, NAIVE, HAS_MAP)
     elif first < total:
-        _down_tile(first, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TAIL, TMA, NAIVE, HAS_MAP)
+        _down_tile(first, A, Y, W, OUT, TILES, IDS, MAP, E, D, N, BM, BN, BK, GROUP, TMA, NAIVE, HAS_MAP)
 
 
 @triton.jit
@@ -249,8 +233,8 @@ class Tile:
         group: row tiles of an expert that run together.
         tma: the tensor memory accelerator loads what is contiguous.
         programs: each one works through several tiles, loading the next during the end of the last; 0 = one tile each.
-        tail: rows of a smaller tile for the last rows of an expert, where they fit; 0 = none, as with `programs`. From
-            64 on both tiles use the same instructions, so that no bit of a row depends on which one it is in.
+        tail: of the up projection: rows of a smaller tile for the last rows of an expert, where they fit; 0 = none, as
+            with `programs`. Both add in the same order, and on an H100 a row has the same bits in either.
     """
 
     bm: int
@@ -269,13 +253,11 @@ class Tiles:
     """Tiles of both GEMMs; `up.bn` columns of the gate and as many of the up projection are one tile.
 
     `pdl`: each launch is set up while the one before it still runs (programmatic dependent launch).
-    `prefetch`: MiB of the first experts' gate and up projection that are brought into the L2 cache during the sort.
     """
 
     up: Tile
     down: Tile
     pdl: bool = False
-    prefetch: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -343,10 +325,7 @@ def sonic_moe(
     y2 = x.new_empty(pairs * d) if y2 is None else y2
     y1, y2 = y1.view(-1)[: pairs * n].view(pairs, n), y2.view(-1)[: pairs * d].view(pairs, d)
     naive = unsorted(pairs, experts)
-    if naive:
-        plan = _each_its_own(ids, pairs, tiles)
-    else:
-        plan = route(ids, experts, tiles.up.bm, expert_map, tiles.pdl, w13, tiles.prefetch)
+    plan = _each_its_own(ids, pairs, tiles) if naive else route(ids, experts, tiles.up.bm, expert_map, tiles.pdl)
     flags = {"NAIVE": naive, "HAS_MAP": expert_map is not None, "PDL": tiles.pdl, **pdl_options(tiles.pdl)}
     mapping = ids if expert_map is None else expert_map
     up(x, w13, y1, plan, ids, mapping, k, tiles.up, flags)
@@ -396,7 +375,7 @@ def down(
     _down[(min(tile.programs or most, most),)](
         rows, y1, weights, y2, plan.tiles, ids, mapping, plan.max_tiles,
         E=experts, D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP=tile.group,
-        PROGRAMS=_turns(tile, most), TAIL=0 if flags["NAIVE"] else tile.tail, TMA=tile.tma,
+        PROGRAMS=_turns(tile, most), TMA=tile.tma,
         num_warps=tile.warps, num_stages=tile.stages, **flags,
     )  # fmt: skip
 

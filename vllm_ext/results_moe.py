@@ -67,6 +67,20 @@ def layer_table(record: Record) -> str:
     return table((*head, "floor", "of the floor"), rows)
 
 
+def tiles_table(record: Record) -> str:
+    """One line for each shape and number of tokens of a sweep: the tiles that are shipped beside vLLM's tuned ones."""
+    rows = []
+    for r in record["results"]:
+        times = [f"{r[k] * 1e6:.1f}" for k in ("tuned_s", "sonic_s")]
+        four = f"{r['tuned_four_s'] / r['sonic_four_s']:.2f}x" if "sonic_four_s" in r else "–"
+        floor = [f"{r['floor_s'] * 1e6:.1f}", f"{r['floor_s'] / r['sonic_s']:.0%}"]
+        served = "`sonic_moe`" if r["served"] else "vLLM"
+        ratio = f"{r['tuned_s'] / r['sonic_s']:.2f}x"
+        rows.append([r["shape"], str(r["tokens"]), *times, ratio, four, *floor, r["measured"], served])
+    head = ("shape", "tokens", "vLLM, tuned tiles", "`sonic_moe`", "faster by", "four calls in a graph: by")
+    return f"{table((*head, 'floor', 'of the floor', 'measured in', 'served by'), rows)}\n\n{record['note']}"
+
+
 def tune_table(record: Record) -> str:
     """One line for each number of tokens: vLLM's own kernel with its default and with the best tiles found."""
     rows = []
@@ -76,6 +90,10 @@ def tune_table(record: Record) -> str:
         gain = f"{r['default_s'] / r['time_s']:.2f}x"
         rows.append([str(r["tokens"]), f"{r['default_s'] * 1e6:.1f}", f"{r['time_s'] * 1e6:.1f}", gain, tile])
     return table(("tokens", "default, us", "tuned, us", "gain", "tiles M x N x K"), rows)
+
+
+def _tiles_title(record: Record) -> str:
+    return f"One expert layer from {min(r['tokens'] for r in record['results'])} tokens on, bfloat16, microseconds"
 
 
 def _tune_title(record: Record) -> str:
@@ -90,6 +108,7 @@ def _compare_title(record: Record) -> str:
 KINDS: dict[str, tuple[Callable[[Record], str], Callable[[Record], str]]] = {
     "bench routers": (lambda record: "Routers, microseconds a call (bfloat16 logits)", routers_table),
     "bench moe": (lambda record: "One expert layer, bfloat16, microseconds (CUDA graph replays, medians)", layer_table),
+    "sweep of tiles, shipped rows": (_tiles_title, tiles_table),
     "moe tune": (_tune_title, tune_table),
     "moe upcycle": (lambda record: "Continued training of an upcycled model", upcycle_table),
     "moe report": (lambda record: f"Routing of {record['results']['model']}", report_table),

@@ -31,8 +31,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "retro": ({}, {}),
 }
 DECODE_KERNELS = (
-    "_score_select", "_sparse_decode", "_pilot", "_rest", "_residual_decode", "row_scores", "rank_pages",
-    "_probe_pages", "_write_lists", "_gate_step", "_mixed_decode", "_coarse", "_fine_select", "_expand", "_page_union",
+    "_score_select", "_score_records", "_sparse_decode", "_pilot", "_rest", "_residual_decode", "row_scores",
+    "rank_pages", "_probe_pages", "_write_lists", "_gate_step", "_mixed_decode", "_coarse", "_fine_select", "_expand",
+    "_page_union",
 )  # fmt: skip
 names = pytest.mark.parametrize("name", METHODS)
 

@@ -15,9 +15,8 @@ TILES = {
     "tensor cores, 16 rows": Tiles(Tile(16, 32, 128, 4, 4), Tile(16, 64, 64, 4, 4)),
     "64 rows": Tiles(Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)),
     "64 rows, overlapped": Tiles(Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3), pdl=True),
-    "64 rows, weights prefetched": Tiles(Tile(64, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), pdl=True, prefetch=32),
-    "128 rows, 64 at the end": Tiles(Tile(128, 128, 64, 8, 4, tail=64), Tile(128, 256, 64, 8, 4, tail=64)),
-    "64 rows, 16 at the end": Tiles(Tile(64, 128, 64, 8, 4, tail=16), Tile(64, 128, 64, 4, 4, tail=16)),
+    "128 rows, 64 at the end": Tiles(Tile(128, 128, 64, 8, 4, tail=64), Tile(128, 256, 64, 8, 4)),
+    "128 rows, 32 at the end": Tiles(Tile(128, 128, 64, 8, 4, tail=32), Tile(128, 256, 64, 8, 4, programs=132)),
     "128 rows": Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
     "128 rows, pointers": Tiles(Tile(128, 64, 64, 4, 3, tma=False), Tile(128, 128, 64, 4, 3, tma=False)),
     "128 rows, in turns": Tiles(Tile(128, 128, 64, 8, 3, programs=132), Tile(128, 256, 64, 8, 4, programs=132)),
@@ -97,7 +96,7 @@ def test_route_equals_reference(tokens: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["64 rows", "64 rows, overlapped", "64 rows, weights prefetched", "128 rows, 64 at the end", "128 rows, in turns"],
+    ["64 rows", "64 rows, overlapped", "128 rows, 32 at the end", "128 rows, 64 at the end", "128 rows, in turns"],
 )
 def test_graph_equals_eager_and_order_does_not_matter(name: str) -> None:
     w13, w2 = layer(64, 1024, 256)

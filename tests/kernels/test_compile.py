@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ext.kernels.score_heads import Sizes
-from vllm_ext.kernels.score_select import Plan
+from vllm_ext.kernels.score_records import STAGES, TILE, WARPS
 
 STACK = 16
 """Bytes of stack a thread may use. Observed with Triton 3.9: 0, and 8 in some variants of `score_select`."""
@@ -39,16 +38,12 @@ def power(n: int) -> int:
 
 def cases() -> dict[str, tuple[str, dict[str, int], int]]:
     """Name -> kernel, its constants, pipeline stages. Every head size with every page size, the rest in turns."""
+    from vllm_ext.kernels.index_update import ROWS
     from vllm_ext.kernels.sparse_decode import stages_for
 
     found: dict[str, tuple[str, dict[str, int], int]] = {}
     for d, page, kind in ((64, 16, 0), (128, 64, 0), (256, 128, 0), (128, 64, 1)):
-        for rows in (1, 64):
-            found[f"index {kind} D{d} P{page} rows {rows}"] = (
-                "index",
-                {"KIND": kind, "P": page, "D": d, "ROWS": rows},
-                3,
-            )
+        found[f"index {kind} D{d} P{page}"] = ("index", {"KIND": kind, "P": page, "D": d, "ROWS": ROWS}, 3)
     groups, splits = (1, 4, 16), (1, 6, 32)
     square = [
         (d, page, groups[(i + j) % 3], splits[(i + 2 * j) % 3])
@@ -68,15 +63,13 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
         name = f"select D{d} P{page} G{g} N{pages} score {score} group {group}"
         found[name] = ("select", select(d, page, g, pages, score, group, kind), 3)
     found["select with two tiles in flight"] = ("select", select(128, 64, 4, 512, 0, 0, 0), 5)
-    for d, page, g, plan, stages in (
-        (128, 64, 4, Plan(1), 3), (128, 64, 4, Plan(2), 3), (128, 64, 4, Plan(8, fused=False), 3),
-        (128, 64, 4, Plan(8, 32, fused=False, pdl=True), 5), (128, 64, 16, Plan(8, fused=False), 2),
-        (64, 16, 3, Plan(8, fused=False), 3), (256, 128, 2, Plan(8, 32, fused=False), 3),
+    for d, page, g, m, pages, score, group, kind in (
+        (128, 64, 4, 1, 512, 0, 0, 0), (128, 64, 4, 1, 2048, 0, 0, 0), (128, 64, 4, 1, 4096, 1, 1, 1),
+        (128, 64, 16, 1, 512, 0, 0, 0), (128, 64, 4, 5, 512, 0, 0, 0), (64, 16, 3, 1, 2048, 0, 1, 0),
+        (80, 64, 1, 1, 512, 1, 0, -1), (256, 128, 2, 1, 512, 0, 0, 0),
     ):  # fmt: skip
-        name = f"heads {plan.heads} x {plan.columns} D{d} P{page} G{g} fused {plan.fused}"
-        found[name] = ("heads", heads(d, page, g, plan), stages)
-    for pages in (512, 2048):
-        found[f"lists N{pages}"] = ("lists", {"H": 8, "P": 64, "NB": pages, "PDL": pages == 512}, 3)
+        name = f"score D{d} P{page} G{g} m{m} N{pages} score {score} group {group}"
+        found[name] = ("score", score_records(d, page, g, m, pages, score, group, kind), STAGES)
     found["window records"] = ("records", {"P": 64, "D": 128}, 3)
     for g in (4, 16):
         sizes = {"H": 8, "G": g, "ROWS": 16, "D": 128, "DP": 128, "P": 64, "TILE": 64}
@@ -148,12 +141,11 @@ def select(d: int, page: int, g: int, pages: int, score: int, group: int, kind: 
     return {**fixed, **rows, "SCORE": score, "GROUP": group, "KIND": kind}
 
 
-def heads(d: int, page: int, g: int, plan: Plan) -> dict[str, int]:
-    """Constants of `score_heads` as its launcher works them out for one query token."""
-    sizes = Sizes.of(plan, 8, g)
-    rows = {"HB": sizes.heads, "MR": sizes.head_rows, "ROWS": sizes.rows, "TILE": sizes.tile}
-    fixed = {"H": 8, "G": g, "M": 1, "D": d, "DP": power(d), "P": page, "SCORE": 0, "GROUP": 0, "KIND": 0}
-    return {**fixed, **rows, "NB": 512 if plan.fused else 1, "FUSED": plan.fused, "PDL": plan.pdl}
+def score_records(d: int, page: int, g: int, m: int, pages: int, score: int, group: int, kind: int) -> dict[str, int]:
+    """Constants of `score_records` as its launcher works them out for m query tokens."""
+    rows = {"M": m, "ROWS": max(16, power(m * g))}
+    fixed = {"H": 8, "G": g, "D": d, "DP": power(d), "P": page, "TILE": TILE, "NB": pages, "warps": WARPS}
+    return {**fixed, **rows, "SCORE": score, "GROUP": group, "KIND": kind}
 
 
 CHILD = r"""
@@ -163,7 +155,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_ext.kernels import index_update, mass_select, residual_decode, score_select, sparse_decode, tail_sample
-from vllm_ext.kernels import gate, mixed_decode, page_clusters, page_ranks, score_heads, window_select
+from vllm_ext.kernels import gate, mixed_decode, page_clusters, page_ranks, score_records, window_select
 
 KERNELS = {
     "index": index_update._update_index, "select": score_select._score_select, "decode": sparse_decode._sparse_decode,
@@ -172,7 +164,7 @@ KERNELS = {
     "rank_pages": page_ranks.rank_pages, "probe": mass_select._probe_pages, "mass_lists": mass_select._write_lists,
     "residual": residual_decode._residual_decode,
     "gate": gate._gate_step, "threshold": gate._threshold, "mixed": mixed_decode._mixed_decode,
-    "clusters": page_clusters._update_clusters, "heads": score_heads._score_heads, "lists": score_heads._select_lists,
+    "clusters": page_clusters._update_clusters, "score": score_records._score_records,
 }
 FLOATS = (
     "scale", "radius", "rate", "factor", "cap", "mass", "exact", "sample", "log_weight", "gate", "eps", "threshold"

@@ -16,7 +16,7 @@ TILES = {
     "tma": Tiles(Tile(32, 32, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
     "pointers": Tiles(Tile(32, 32, 32, 4, 3, tma=False), Tile(32, 64, 32, 4, 3, tma=False)),
     "in turns": Tiles(Tile(32, 32, 32, 4, 3, programs=3), Tile(32, 64, 32, 4, 3, programs=5)),
-    "smaller tiles at the end": Tiles(Tile(32, 32, 64, 4, 3, tail=16), Tile(32, 64, 64, 4, 3, tail=16)),
+    "smaller tiles at the end": Tiles(Tile(32, 32, 64, 4, 3, tail=16), Tile(32, 64, 64, 4, 3)),
     "smaller tiles, pointers": Tiles(Tile(64, 32, 32, 4, 3, tma=False, tail=16), Tile(64, 64, 32, 4, 3, tma=False)),
     "groups of one": Tiles(Tile(16, 64, 64, 4, 3, group=1), Tile(16, 64, 64, 4, 3, group=2)),
 }

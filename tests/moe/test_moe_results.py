@@ -33,3 +33,16 @@ def test_routers_reports_and_training_have_their_numbers() -> None:
     settings = {"experts": 8, "top_k": 2, "steps": 400, "batch": 16, "window": 1024}
     run = {"settings": settings, "seconds": 88.4, "held_out_loss_before": 2.9, "held_out_loss": 2.75}
     assert "| 2 of 8 | 400 | 16384 | 88 | 2.9000 | 2.7500 |" in results_moe.upcycle_table({"results": run})
+
+
+def test_tiles_that_are_shipped_stand_beside_vllms() -> None:
+    row = {"shape": "olmoe-1b-7b", "tokens": 1024, "tuned_s": 4.1e-4, "sonic_s": 3.5e-4, "floor_s": 2.8e-4}
+    rows = [row | {"measured": "rounds", "served": True, "tuned_four_s": 4e-4, "sonic_four_s": 3.6e-4}]
+    rows += [row | {"tokens": 64, "sonic_s": 4.4e-4, "measured": "search", "served": False}]
+    title, table = results_moe.KINDS["sweep of tiles, shipped rows"]
+    record = {"results": rows, "note": "How it was measured."}
+    lines = table(record).splitlines()
+    assert "from 64 tokens" in title(record)
+    assert lines[2] == "| olmoe-1b-7b | 1024 | 410.0 | 350.0 | 1.17x | 1.11x | 280.0 | 80% | rounds | `sonic_moe` |"
+    assert lines[3] == "| olmoe-1b-7b | 64 | 410.0 | 440.0 | 0.93x | – | 280.0 | 64% | search | vLLM |"
+    assert lines[-1] == "How it was measured."

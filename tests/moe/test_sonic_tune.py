@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ext.kernels.sonic_moe import Tile, Tiles, unsorted
+from vllm_ext.kernels.sonic_moe import Tile, Tiles
 from vllm_ext.moe import sonic_table, sonic_tune
 from vllm_ext.moe.shape import SHAPES, Shape
 from vllm_ext.moe.sonic_candidates import candidates
@@ -43,7 +43,7 @@ def times(monkeypatch: pytest.MonkeyPatch, goal: Tiles) -> None:
 
 
 def test_the_fastest_tiles_and_launches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    goal = Tiles(Tile(64, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), pdl=True, prefetch=16)
+    goal = Tiles(Tile(64, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), pdl=True)
     times(monkeypatch, goal)
     pool = NoPool()
     assert sonic_tune.search(LAYER, 1024, pool) == (goal, 1.0)
@@ -61,12 +61,6 @@ def test_only_the_wide_search_reaches_the_rarer_tiles(monkeypatch: pytest.Monkey
     assert sonic_tune.search(LAYER, 1024, NoPool())[0].up != goal.up
 
 
-def test_calls_without_a_sort_prefetch_nothing() -> None:
-    tiles = Tiles(Tile(16, 64, 64, 4, 4), Tile(16, 128, 64, 4, 4))
-    assert [t.prefetch for t in sonic_tune.variants(tiles, unsorted=True)] == [0, 0]
-    assert {t.prefetch for t in sonic_tune.variants(tiles, unsorted=False)} > {0}
-
-
 @pytest.mark.parametrize("tokens", [1, 8, 64, 256, 1024, 4096, 16384])
 @pytest.mark.parametrize("name", SHAPES)
 def test_pipelines_fit_into_shared_memory(name: str, tokens: int) -> None:
@@ -77,19 +71,18 @@ def test_pipelines_fit_into_shared_memory(name: str, tokens: int) -> None:
 
 
 def test_the_commands_can_make_the_tables_of_the_package() -> None:
-    """Every tile that is shipped is one that the wide search tries for that number of tokens."""
+    """Every tile that is shipped is one that the search tries for that number of tokens."""
     for file in sonic_table.FOLDER.glob("*.json"):
         shape = Shape(**json.loads(file.read_text())["shape"])
         for row in sonic_table.find(shape, file.name.split("device_name=")[1][:-5].replace("_", " ")).rows:
-            ups, downs = candidates(shape, row.tokens, wide=True)
+            ups, downs = candidates(shape, row.tokens)
             assert row.tiles.up in ups, (file.name, row)
             assert row.tiles.down in downs, (file.name, row)
-            launches = sonic_tune.variants(row.tiles, unsorted(row.tokens * shape.k, shape.experts))
-            assert row.tiles in launches
+            assert row.tiles in sonic_tune.variants(row.tiles)
 
 
 def test_table_is_written_after_each_number_of_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tiles = Tiles(Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3), prefetch=32)
+    tiles = Tiles(Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3))
     asked = []
 
     def search(_layer: Any, tokens: int, _pool: Any, wide: bool) -> tuple[Tiles, float]:
@@ -102,8 +95,8 @@ def test_table_is_written_after_each_number_of_tokens(monkeypatch: pytest.Monkey
     path = sonic_tune.tune(LAYER, stock, NoPool(), tmp_path, lambda _, at, most: done.append(at), wide=True)
     table = sonic_table.find(SHAPE, device_name(), str(path))
     assert asked == [(64, True), (128, True)]
-    assert [(r.tokens, r.tiles.pdl, r.tiles.prefetch, r.serves) for r in table.rows] == [
-        (64, False, 32, True), (128, True, 32, False),
+    assert [(r.tokens, r.tiles.pdl, r.serves) for r in table.rows] == [
+        (64, False, True), (128, True, False),
     ]  # fmt: skip
     assert done == [1, 2]
     assert json.loads(path.read_text())["command"] == "moe tune --sonic --wide"

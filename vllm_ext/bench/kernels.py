@@ -3,14 +3,17 @@
 The batch is that of Llama-3.1-8B: 8 KV heads, groups of 4, head size 128, pages of 64, bf16, with the min/max index
 behind each page. Keys are noise, except for a few pages of each request and head that point along its queries: the
 peaked attention of long contexts. Times are medians of CUDA graph replays that walk over several caches, together
-larger than the L2 cache; the floor is the bytes that must be read over the measured copy bandwidth.
+larger than the L2 cache; the floor is the bytes that must be read over the measured copy bandwidth. Every case runs in
+a process of its own: an illegal memory access ends a CUDA context, and with it the case.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_ext.bench import method_ops
@@ -133,6 +136,14 @@ def _score_select(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
     return b.case.batch * b.pages * HEADS * 2 * SIZE * 2, call
 
 
+def _scores_alone(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
+    """K2: the same launch with tickets that never say "last", so that no program selects; floor as `_score_select`."""
+    import torch
+
+    silent = torch.full_like(b.select.ticket, -(2**30))
+    return _score_select(dataclasses.replace(b, select=dataclasses.replace(b.select, ticket=silent)))
+
+
 def _sparse_decode(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
     """K4 + K5: floor = keys and values of the listed pages."""
     from vllm_ext.kernels.sparse_decode import sparse_decode
@@ -222,6 +233,7 @@ def _flashinfer(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
 KERNELS: dict[str, Callable[[Batch], tuple[float, Callable[[Layer], Any]]]] = {
     "fa3 (dense)": _fa3,
     "score_select": _score_select,
+    "score_select, scores alone": _scores_alone,
     "sparse_decode": _sparse_decode,
     "attention op": _attention_op,
     **{f"attention op, {name}": method_ops.entry(name, options) for name, options in method_ops.METHODS.items()},
@@ -233,6 +245,7 @@ KERNELS: dict[str, Callable[[Batch], tuple[float, Callable[[Layer], Any]]]] = {
 
 def measure(call: Callable[[Layer], Any], layers: list[Layer]) -> float:
     """Seconds of one call: median of graph replays that call every layer in turn."""
+    import torch
     from triton.testing import do_bench_cudagraph
 
     def walk() -> None:
@@ -240,6 +253,9 @@ def measure(call: Callable[[Layer], Any], layers: list[Layer]) -> float:
             call(layer)
 
     walk()
+    # do_bench_cudagraph calls on a stream of its own, which waits for nothing: neither for inputs that are still being
+    # written (FlashAttention's schedule, page tables) nor for calls that use the same scratch.
+    torch.cuda.synchronize()
     return do_bench_cudagraph(walk, rep=100, return_mode="median") / 1e3 / len(layers)
 
 
@@ -269,10 +285,14 @@ def run(
 ) -> list[dict[str, Any]]:
     """Time the kernels on every case; JSON-ready rows, also given to `on_case` after each case.
 
+    A row without a time says why (`skipped`); if it ended its case, it is also marked `failed`.
+
     Raises:
         ConfigError: no CUDA, an unknown kernel, or a budget that is no whole number of pages.
     """
     import torch
+
+    from vllm_ext.evaluation.worker import fresh_process
 
     for name in only or []:
         if name not in KERNELS:
@@ -281,31 +301,64 @@ def run(
         raise ConfigError(f"--budget must be a multiple of {PAGE} and at least {4 * PAGE}, got {budget}.")
     if not torch.cuda.is_available():
         raise ConfigError("bench kernels needs a CUDA device; run it there, or use bench decode on this machine.")
-    bandwidth = copy_bandwidth()
     results: list[dict[str, Any]] = []
     for case in cases:
-        batch = make_batch(case, budget)
-        _score_select(batch)[1](batch.layers[0])
-        rows = [_row(batch, name, bandwidth) for name in KERNELS if not only or name in only]
-        dense = min((r["time_s"] for r in rows if "(dense)" in r["kernel"] and "time_s" in r), default=None)
-        for row in rows:
-            if dense and "time_s" in row and row["kernel"] != "update_index, prefill":
-                row["vs_dense"] = dense / row["time_s"]
-        results += rows
-        del batch
-        torch.cuda.empty_cache()
+        job = {"label": case.label, "case": asdict(case), "only": only, "budget": budget}
+        try:
+            results += fresh_process("vllm_ext.bench.kernels:run_job", job)["rows"]
+        except ConfigError as problem:
+            row = {"case": case.label, "kernel": "every kernel", "budget": budget}
+            results.append(row | {"skipped": str(problem), "failed": True})
         on_case(results)
     return results
 
 
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Time one case in this process: `rows`, up to one that ended the case."""
+    only = job["only"]
+    bandwidth = copy_bandwidth()
+    batch = make_batch(Case(**job["case"]), job["budget"])
+    _score_select(batch)[1](batch.layers[0])
+    rows: list[dict[str, Any]] = []
+    for name in KERNELS:
+        if not only or name in only:
+            rows.append(_row(batch, name, bandwidth))
+            if "failed" in rows[-1]:
+                break
+    dense = min((r["time_s"] for r in rows if "(dense)" in r["kernel"] and "time_s" in r), default=None)
+    for row in rows:
+        if dense and "time_s" in row and row["kernel"] != "update_index, prefill":
+            row["vs_dense"] = dense / row["time_s"]
+    return {"rows": rows}
+
+
 def _row(batch: Batch, name: str, bandwidth: float) -> dict[str, Any]:
-    """Time one kernel; a baseline that is not installed or fails is reported as skipped, with the reason."""
+    """Time one kernel. A baseline that is not installed or does not run is skipped; any other failure ends the case."""
     row: dict[str, Any] = {"case": batch.case.label, "kernel": name, "budget": batch.capacity * PAGE}
     try:
         size, call = KERNELS[name](batch)
-        row["time_s"] = measure(call, batch.layers)
+        seconds = measure(call, batch.layers)
+        return row | {
+            "time_s": seconds,
+            "bytes": size,
+            "floor_s": size / bandwidth,
+            "error": error(batch, name),
+            "bandwidth": bandwidth,
+        }
     except Exception as problem:
-        if "(dense)" not in name:
-            raise
-        return row | {"skipped": f"{type(problem).__name__}: {str(problem)[:200]}"}
-    return row | {"bytes": size, "floor_s": size / bandwidth, "error": error(batch, name), "bandwidth": bandwidth}
+        reason = f"{type(problem).__name__}: {str(problem)[:200]}"
+        if "(dense)" in name and context_lives():
+            return row | {"skipped": reason}
+        traceback.print_exc()
+        return row | {"skipped": f"ended the case: {reason}", "failed": True}
+
+
+def context_lives() -> bool:
+    """Whether CUDA still works in this process; after an illegal memory access every later call fails."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True

@@ -9,6 +9,7 @@ import typer
 
 from vllm_ext.cli import bench_cost_cmd, bench_spec_cmd
 from vllm_ext.cli import shared_options as opt
+from vllm_ext.options import ConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -125,3 +126,5 @@ def kernels(
     cases = [parse_case(c) for c in case or ["8x32768", "32x32768", "4x131072"]]
     results = run(cases, only or None, budget, save)
     Console(width=140).print(report.kernel_table(results))
+    if failed := [r["case"] for r in results if "failed" in r]:
+        raise ConfigError(f"--case {', '.join(failed)} failed; the table names the kernel and the reason.")

@@ -42,9 +42,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="requests that run at once")] = 32,
     eager: opt.Eager = False,
     memory: opt.Memory = 0.8,
-    kv_memory: Annotated[
-        float | None, typer.Option(help="GiB of the KV cache, instead of --memory: evaluations can share a GPU")
-    ] = None,
+    kv_memory: opt.KvMemory = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="all engines in one process: faster starts than a fresh process a row")
     ] = False,

@@ -91,6 +91,7 @@ def compare(
     dtype: opt.ServedDtype = "auto",
     eager: opt.Eager = False,
     memory: opt.Memory = 0.8,
+    kv_memory: opt.KvMemory = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="all engines in one process")] = False,
     out: Annotated[Path | None, opt.folder_for("moe-compare.json")] = None,
     commit: opt.Commit = None,
@@ -109,6 +110,7 @@ def compare(
     if out is not None:
         check_folder(out)
     given: dict[str, Any] = {"texts": texts, "positions": positions, "dtype": dtype, "eager": eager, "memory": memory}
+    given["kv_memory"] = kv_memory
     settings = Settings(model=str(models[0]), tasks=("kl", "ppl"), lengths=(length,), **given)
 
     def save(results: list[dict[str, Any]]) -> None:

@@ -23,6 +23,9 @@ Commit = Annotated[str | None, typer.Option(help="commit to record where git is 
 # engines
 Eager = Annotated[bool, typer.Option("--eager", help="no CUDA graphs, no torch.compile")]
 Memory = Annotated[float, typer.Option(help="share of GPU memory that vLLM may take")]
+KvMemory = Annotated[
+    float | None, typer.Option(help="GiB of the KV cache, instead of --memory: evaluations can share a GPU")
+]
 ServedDtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="continue the record in --out: rows that it has are not run again")

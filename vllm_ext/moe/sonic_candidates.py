@@ -21,7 +21,7 @@ SHARED: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
     ),
     128: (
         (64, 64, 4, 3, 0), (64, 64, 8, 3, 0), (128, 64, 8, 3, 0), (128, 64, 8, 4, 0), (64, 64, 4, 3, 264),
-        (128, 64, 8, 4, 132), (64, 64, 8, 4, 132),
+        (128, 64, 8, 3, 132), (128, 64, 8, 4, 132), (64, 64, 8, 4, 132),
     ),
 }  # fmt: skip
 # the wide search adds these, for one GEMM each
@@ -29,18 +29,16 @@ UP: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
     16: ((32, 128, 4, 6, 0), (64, 256, 8, 2, 0)),
     32: ((32, 256, 4, 3, 0), (64, 64, 4, 6, 0), (128, 64, 8, 5, 0), (128, 128, 8, 2, 0)),
     64: ((64, 128, 4, 2, 0), (64, 128, 4, 4, 0), (128, 64, 4, 2, 0), (128, 64, 8, 4, 132), (128, 64, 4, 4, 0)),
-    128: ((128, 128, 8, 2, 0), (64, 128, 8, 3, 0), (128, 64, 8, 3, 132), (64, 64, 8, 6, 0)),
+    128: ((128, 128, 8, 2, 0), (64, 128, 8, 3, 0), (64, 64, 8, 6, 0)),
 }  # fmt: skip
 DOWN: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
     16: ((64, 128, 4, 6, 0), (64, 256, 4, 4, 0), (128, 256, 8, 2, 0)),
     32: ((64, 256, 4, 3, 0), (128, 64, 4, 6, 0), (128, 64, 8, 4, 0)),
     64: ((128, 128, 4, 2, 0), (128, 128, 4, 4, 0), (128, 64, 4, 4, 264), (128, 64, 4, 3, 396), (256, 64, 4, 2, 0)),
-    128: ((128, 64, 4, 2, 0), (128, 128, 8, 3, 0), (256, 64, 8, 3, 132), (128, 64, 8, 6, 0)),
+    128: ((128, 64, 4, 2, 0), (128, 128, 8, 3, 0), (128, 64, 8, 6, 0)),
 }  # fmt: skip
-TAILS: dict[int, tuple[int, ...]] = {16: (), 32: (), 64: (), 128: (64,)}
-"""Rows of a tile -> of the smaller one for the last rows of an expert; with the same instructions, see `Tile.tail`."""
-PREFETCH = (0, 16, 32)
-"""MiB of weights to bring into the L2 cache of 50 MiB during the sort."""
+TAILS = (32, 64)
+"""Rows of the smaller tile for the last rows of an expert, beside tiles of 128 rows of the up projection."""
 GROUPS = (4, 16, 32)
 """Row tiles that run together, beside the usual 8, where experts have many."""
 
@@ -65,18 +63,16 @@ def candidates(shape: Shape, tokens: int, wide: bool = False) -> tuple[list[Tile
             ups += [_tile(bm, *fields) for fields in UP[bm]]
             downs += [_tile(bm, *fields) for fields in DOWN[bm]]
     pointers = [replace(t, tma=False) for t in ups if not t.programs] if wide else []
-    for found, columns in ((ups, 128), (downs, 256)):
-        found += [
-            replace(t, tail=tail) for t in found for tail in TAILS[t.bm] if not t.programs and (wide or t.stages > 2)
-        ]
-        if rows >= 1024:
+    tails = [replace(t, tail=tail) for t in ups for tail in TAILS if t.bm == 128 and not t.programs]
+    if rows >= 1024:
+        for found, columns in ((ups, 128), (downs, 256)):
             found += [
                 replace(t, group=group)
                 for t in found
                 for group in GROUPS
-                if (t.bm, t.bn) == (128, columns) and not t.programs and (wide or not t.tail)
+                if (t.bm, t.bn) == (128, columns) and not t.programs
             ]
-    return ups + pointers, downs
+    return ups + tails + pointers, downs
 
 
 def _tile(bm: int, n: int, k: int, warps: int, stages: int, programs: int) -> Tile:

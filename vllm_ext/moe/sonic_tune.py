@@ -13,7 +13,7 @@ from vllm_ext.bench.compile_pool import CompilePool
 from vllm_ext.kernels import moe_route, sonic_moe
 from vllm_ext.kernels.sonic_moe import Tile, Tiles
 from vllm_ext.moe.shape import Shape
-from vllm_ext.moe.sonic_candidates import PREFETCH, candidates
+from vllm_ext.moe.sonic_candidates import candidates
 from vllm_ext.moe.sonic_table import file_name
 from vllm_ext.moe.sonic_warmup import compile_call
 
@@ -45,16 +45,15 @@ def search(layer: moe.Layer, tokens: int, pool: CompilePool, wide: bool = False)
         if best is None or up_s + down_s < best[0]:
             best = up_s + down_s, Tiles(up, down)
     assert best is not None
-    found = variants(best[1], sonic_moe.unsorted(tokens * shape.k, shape.experts))
+    found = variants(best[1])
     _compile(pool, shape, tokens, found)
     seconds, tiles = min(((_call(layer, calls, t), t) for t in found), key=_seconds)
     return tiles, seconds
 
 
-def variants(tiles: Tiles, unsorted: bool) -> list[Tiles]:
-    """The call with and without overlapped launches, and with weights brought into the L2 cache during the sort."""
-    sizes = (0,) if unsorted else PREFETCH
-    return [dataclasses.replace(tiles, pdl=pdl, prefetch=size) for pdl in (False, True) for size in sizes]
+def variants(tiles: Tiles) -> list[Tiles]:
+    """The call with and without overlapped launches."""
+    return [dataclasses.replace(tiles, pdl=pdl) for pdl in (False, True)]
 
 
 def _compile(pool: CompilePool, shape: Shape, tokens: int, found: list[Tiles]) -> None:
