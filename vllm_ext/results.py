@@ -54,10 +54,8 @@ def _caption(title: str, record: Record, path: Path, root: Path) -> str:
     links = ", ".join(f"[{p.name}]({p.relative_to(root).as_posix()})" for p in files)
     versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("vllm", "torch", "triton") if record["versions"][n])
     commit = f", commit `{_commit(record['commit'])}`" if record.get("commit") else ""
-    return (
-        f"#### {title}\n\n{record['device']}; {versions}{commit}. Record: {links}.\n"
-        f"Made by `{command_line(record['argv'])}`."
-    )
+    made = f"\nMade by `{command_line(record['argv'])}`." if "argv" in record else ""
+    return f"#### {title}\n\n{record['device']}; {versions}{commit}. Record: {links}.{made}"
 
 
 def _commit(text: str) -> str:

@@ -25,7 +25,16 @@ def spec_table(record: Record) -> str:
     head = ("prompts", "in flight", "row", "tokens/s (range)", "of none", "tokens a step", "acceptance length")
     text = table((*head, "accepted by position", "draft time", "same answers"), lines)
     notes = [f"* `{r['label']}` failed: {r['failed']}" for r in results if "failed" in r]
+    notes += [_crossover(r) for r in results if any(r.get("crossover", {}).values())]
     return "\n\n".join([text, "\n".join(notes)] if notes else [text])
+
+
+def _crossover(result: Record) -> str:
+    """From which number of requests on a row does not pay, and how much it drafts there."""
+    drafted = {(c["load"], c["batch"]): c["drafted_per_step"] for c in result["cells"]}
+    places = [(load, at) for load, at in result["crossover"].items() if at is not None]
+    texts = [f"{load} from {at} in flight on ({drafted[load, at]:.2f} drafts a step)" for load, at in places]
+    return f"* `{result['label']}` is slower than no speculation: {', '.join(texts)}."
 
 
 def _spec_cells(c: Record) -> list[str]:

@@ -7,13 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vllm_ext import results
-from vllm_ext.bench.spec import engine_args, parse_spec_row
+from vllm_ext.bench import spec
+from vllm_ext.bench.spec import SpecPlan, bench_spec, crossover, engine_args, parse_spec_row
+from vllm_ext.evaluation import worker
+from vllm_ext.options import ConfigError
 
 Refused = Callable[[list[str], str], None]
 
@@ -23,6 +27,8 @@ Refused = Callable[[list[str], str], None]
     [
         (["--load", "poem"], "--load 'poem' does not exist"),
         (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--resume"], "give it with --out"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--row", "suffix_automaten"], "did you mean 'suffix_automaton'"),
         pytest.param(
@@ -84,7 +90,7 @@ def test_a_row_is_timed_and_counted(tiny_model: Path, row: str) -> None:
     found = json.loads(done.stdout.split("RESULT ")[1])
     [cell] = found["cells"]
     assert found["engine"]["model_runner"] == "v1"
-    assert cell["output_tokens"] == sum(map(len, cell["answers"])) == 72
+    assert cell["output_tokens"] == sum(map(len, cell["answers"])) == 2 * 8 * 12  # four times the batch
     assert len(cell["seconds"]) == 2
     low, high = cell["tokens_per_s_range"]
     assert low <= cell["tokens_per_s"] <= high
@@ -92,6 +98,9 @@ def test_a_row_is_timed_and_counted(tiny_model: Path, row: str) -> None:
     assert cell["accepted"] == pytest.approx(sum(cell["accepted_at"]) * cell["drafts"])
     assert cell["acceptance_length"] == pytest.approx(1 + sum(cell["accepted_at"]))
     assert cell["drafted"] > 0
+    assert cell["drafted_per_step"] == pytest.approx(
+        cell["drafted"] / max(cell["output_tokens"] - cell["accepted"], cell["drafts"])
+    )
     if "draft_model" in row:
         assert cell["accepted"] > 0.7 * cell["drafted"]  # all but those of a request's last step
         assert len(cell["accepted_at"]) == 3
@@ -104,6 +113,73 @@ def cell(batch: int, speed: float, **more: object) -> dict[str, object]:
     return base | {"seconds": [1.0, 1.1], "ratio": speed / 100, "equal_answers": 1.0, "drafts": 0} | more
 
 
+def speeds(*ratios: tuple[int, float]) -> list[dict[str, object]]:
+    return [{"load": "chat", "batch": batch, "ratio": ratio} for batch, ratio in ratios]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (speeds((1, 1.4), (8, 1.1), (32, 1.01)), None),
+        (speeds((1, 1.4), (8, 0.9), (32, 0.8)), 8),
+        (speeds((32, 0.8), (1, 0.9), (8, 1.1)), 32),  # pays again at 8: batch 1 is no crossover
+        (speeds((1, 0.9), (8, 0.9)), 1),
+    ],
+)
+def test_the_crossover_is_where_a_row_is_slower_from_then_on(cells: list[dict], expected: int | None) -> None:
+    assert crossover(cells) == {"chat": expected}
+
+
+def timed(label: str, speed: float) -> dict[str, object]:
+    """What a row's process returns: one cell of two answers, the second one its own."""
+    answers = [[1, 2], [3, int(speed)]]
+    return {"label": label, "cells": [{"load": "chat", "batch": 1, "tokens_per_s": speed, "answers": answers}]}
+
+
+def test_a_failing_row_stops_nothing_and_a_record_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, ran = {"none": 100.0, "hybrid": 150.0, "ngram": 90.0}, []
+
+    def run(target: str, job: dict, limit: float) -> dict:
+        ran.append(job["label"])
+        if job["label"] == "pard":
+            raise ConfigError("row 'pard' took too long.")
+        return timed(job["label"], speed[job["label"]])
+
+    monkeypatch.setattr(worker, "fresh_process", run)
+    saved: list[list[dict]] = []
+    rows = [parse_spec_row(name) for name in ("none", "pard", "hybrid")]
+    found = bench_spec(SpecPlan("m"), rows, lambda r: saved.append(json.loads(json.dumps(r))))
+    assert [r["label"] for r in found] == [r["label"] for r in saved[2]] == ["none", "pard", "hybrid"]
+    assert found[1]["failed"] == "row 'pard' took too long."
+    assert found[2]["cells"][0]["ratio"] == 1.5
+    assert found[2]["cells"][0]["equal_answers"] == 0.5
+    assert "answers" not in found[2]["cells"][0]
+    ran.clear()
+    speed["pard"] = 120.0
+    monkeypatch.setattr(worker, "fresh_process", lambda *a: ran.append(a[1]["label"]) or timed(ran[-1], speed[ran[-1]]))
+    again = bench_spec(SpecPlan("m"), [*rows, parse_spec_row("ngram")], kept=saved[2])
+    assert ran == ["pard", "ngram"]
+    assert [r["label"] for r in again] == ["none", "hybrid", "pard", "ngram"]
+    assert again[3]["crossover"] == {"chat": 1}
+    assert again[3]["cells"][0]["equal_answers"] == 0.5
+
+
+def test_nothing_is_kept_without_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "fresh_process", lambda target, job, limit: timed(job["label"], 100.0))
+    kept = [{"label": "none", "failed": "no memory.", "cells": []}, {"label": "hybrid", "cells": []}]
+    found = spec.bench_spec(SpecPlan("m"), [parse_spec_row("none"), parse_spec_row("hybrid")], kept=kept)
+    assert all(len(r["cells"]) == 1 for r in found)
+
+
+def hang(job: dict) -> None:
+    time.sleep(60)
+
+
+def test_a_row_that_hangs_is_ended() -> None:
+    with pytest.raises(ConfigError, match="row 'slow' took longer than 3 s"):
+        worker.fresh_process(f"{__name__}:hang", {"label": "slow"}, 3)
+
+
 def test_records_become_tables(tmp_path: Path) -> None:
     drafted = {
         "drafts": 10,
@@ -111,11 +187,17 @@ def test_records_become_tables(tmp_path: Path) -> None:
         "acceptance_length": 1.75,
         "accepted_at": [0.5, 0.25, 0.0],
         "draft_share": 0.031,
+        "drafted_per_step": 0.25,
     }
     engine = {"model_runner": "v2"}
     rows = [
         {"label": "none", "engine": engine, "cells": [cell(1, 100.0), cell(8, 100.0)]},
-        {"label": "ngram", "engine": engine, "cells": [cell(1, 150.0, **drafted), cell(8, 97.0, **drafted)]},
+        {
+            "label": "ngram",
+            "engine": engine,
+            "cells": [cell(1, 150.0, **drafted), cell(8, 97.0, **drafted)],
+            "crossover": {"chat": 8},
+        },
         {"label": "vllm:suffix", "failed": "no such package.", "cells": []},
     ]
     settings = {"model": "/somewhere/tiny", "loads": ["chat"], "batches": [1, 8], "repeats": 2, "eager": False}
@@ -131,4 +213,5 @@ def test_records_become_tables(tmp_path: Path) -> None:
     assert ["chat", "8", "`ngram`", "97 (96–98)", "0.97x", "1.50", "1.75", ".50 .25 .00", "3.1%", "100%"] in lines
     assert ["1", "64", "1.00 (0.90–1.10)", "1.50 (1.40–1.60)"] in lines
     assert "* `vllm:suffix` failed: no such package." in text
+    assert "* `ngram` is slower than no speculation: chat from 8 in flight on (0.25 drafts a step)." in text
     assert "Speculation, tiny, greedy, 2 repeats (model runner V2, CUDA graphs)" in text

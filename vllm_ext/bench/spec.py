@@ -7,10 +7,12 @@ same prompts with an engine in a process of its own; the first row does not spec
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +31,11 @@ class SpecPlan:
         model: directory of the target model.
         loads: names of `spec_loads.LOADS`, served one after the other.
         batches: requests in flight.
-        requests: prompts of a load, for each batch; at least the batch.
+        requests: prompts of a load, for each batch; at least four times the batch, so that most steps are full.
         output: most tokens of an answer.
         repeats: how often each load is timed, with other prompts each time; the median counts, the range is kept.
         eager, memory, max_model_len: of the engine.
+        limit: seconds that a row may take, its start included; one that hangs does not stop the others.
         seed: of the prompts.
     """
 
@@ -45,6 +48,7 @@ class SpecPlan:
     eager: bool = False
     memory: float = 0.6
     max_model_len: int = 4096
+    limit: float = 1800.0
     seed: int = 0
 
     def check(self) -> None:
@@ -52,7 +56,7 @@ class SpecPlan:
         for load in self.loads:
             if load not in LOADS:
                 raise ConfigError(f"--load '{load}' does not exist; known: {', '.join(LOADS)}.")
-        for name in ("requests", "output", "repeats"):
+        for name in ("requests", "output", "repeats", "limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if not self.batches or min(self.batches) < 1:
@@ -89,17 +93,29 @@ def parse_spec_row(text: str) -> Row:
 
 
 def bench_spec(
-    plan: SpecPlan, rows: list[Row], on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None
+    plan: SpecPlan,
+    rows: list[Row],
+    on_row: Callable[[list[dict[str, Any]]], None] = lambda results: None,
+    kept: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """Time every row; one JSON-ready result a row, with one cell a load and batch. A row that fails says why."""
+    """Time every row; one JSON-ready result a row, with one cell a load and batch. A row that fails says why.
+
+    Args:
+        on_row: called with the results so far after each row.
+        kept: results of an earlier run, the first row first; rows that did not fail are not timed again.
+    """
     from vllm_ext.evaluation.worker import fresh_process
 
     plan.check()
-    results: list[dict[str, Any]] = []
-    for row in rows:
+    # without the first row's answers nothing can be compared
+    asked = {row.label for row in rows}
+    usable = kept and "failed" not in kept[0]
+    results = [r for r in kept if "failed" not in r or r["label"] not in asked] if usable else []
+    known = {r["label"] for r in results}
+    for row in [row for row in rows if row.label not in known]:
         job = {"plan": dataclasses.asdict(plan), "label": row.label, "options": row.options}
         try:
-            result = fresh_process("vllm_ext.bench.spec:run_job", job)
+            result = fresh_process("vllm_ext.bench.spec:run_job", job, plan.limit)
         except ConfigError as error:
             result = {"label": row.label, "failed": str(error), "cells": []}
         results.append(result)
@@ -145,7 +161,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def _texts(plan: SpecPlan, load: str, batch: int, tokenizer: Any) -> list[list[list[int]]]:
     """Prompts of each repeat, all different: drafters that keep finished answers would find them again."""
     seeds = [1000 * (1000 * plan.seed + batch) + repeat for repeat in range(plan.repeats)]
-    return [prompts(load, tokenizer, max(plan.requests, batch), seed) for seed in seeds]
+    return [prompts(load, tokenizer, max(plan.requests, 4 * batch), seed) for seed in seeds]
 
 
 def _cell(
@@ -162,6 +178,7 @@ def _cell(
         answers, steps = answers + found, steps + count
     drafts, drafted, *accepted_at = (a - b for a, b in zip(_counters(llm), before))
     accepted, tokens = sum(accepted_at), sum(map(len, answers))
+    forwards = max(tokens - accepted, len(answers))  # steps of single requests: each emits what it accepts and one more
     return {
         "load": load,
         "batch": batch,
@@ -175,7 +192,8 @@ def _cell(
         "drafted": drafted,
         "accepted": accepted,
         # of all steps, also those in which a drafter proposed nothing: comparable between runners
-        "tokens_per_step": tokens / max(tokens - accepted, len(answers)),
+        "tokens_per_step": tokens / forwards,
+        "drafted_per_step": drafted / max(forwards, drafts),
         "acceptance_length": 1 + accepted / drafts if drafts else 1.0,
         "accepted_at": [a / drafts for a in accepted_at] if drafts else [],
         "draft_share": clock.seconds() / sum(seconds),
@@ -255,11 +273,33 @@ class _DraftClock:
 
 
 def _compare(result: dict[str, Any], first: dict[str, Any]) -> None:
-    """Speed relative to the first row and share of equal answers; the answers themselves are left out afterwards."""
+    """Speed relative to the first row, share of equal answers, and where drafting stops paying.
+
+    Answers become digests; only the first row keeps them.
+    """
     known = {(c["load"], c["batch"]): c for c in first["cells"]}
     for cell in result["cells"]:
+        digests = [hashlib.sha256(repr(a).encode()).hexdigest()[:8] for a in cell.pop("answers")]
+        if result is first:
+            cell["answers"] = " ".join(digests)
         base = known.get((cell["load"], cell["batch"]))
         if base is not None:
             cell["ratio"] = cell["tokens_per_s"] / base["tokens_per_s"]
-            pairs = list(zip(cell["answers"], base["answers"]))
+            pairs = list(zip(digests, base["answers"].split()))
             cell["equal_answers"] = sum(a == b for a, b in pairs) / len(pairs)
+    if known and result is not first:
+        result["crossover"] = crossover(result["cells"])
+
+
+def crossover(cells: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Load -> smallest measured batch from which on a row is slower than no speculation; None: it never stops paying.
+
+    Args:
+        cells: with "load", "batch" and "ratio", the speed relative to no speculation.
+    """
+    found: dict[str, int | None] = {}
+    for load in dict.fromkeys(c["load"] for c in cells):
+        falling = sorted((c for c in cells if c["load"] == load), key=lambda c: -c["batch"])
+        slower = [c["batch"] for c in itertools.takewhile(lambda c: c["ratio"] < 1, falling)]
+        found[load] = slower[-1] if slower else None
+    return found

@@ -21,12 +21,14 @@ def spec(
     ] = None,
     load: Annotated[list[str] | None, typer.Option(help="edit, summary, chat, agent, mixed; repeatable")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="requests in flight; repeatable [default: 1 8 32]")] = None,
-    requests: Annotated[int, typer.Option(help="prompts of a load")] = 16,
+    requests: Annotated[int, typer.Option(help="prompts of a load; at least four times the batch")] = 16,
     output: Annotated[int, typer.Option(help="most tokens of an answer")] = 192,
     repeats: Annotated[int, typer.Option(help="times that a load is served; the median counts")] = 3,
     eager: opt.Eager = False,
     memory: opt.Memory = 0.6,
+    limit: Annotated[float, typer.Option(help="seconds that a row may take; a later one is ended")] = 1800.0,
     out: Annotated[Path | None, opt.folder_for("spec.json")] = None,
+    resume: opt.Resume = False,
     commit: opt.Commit = None,
 ) -> None:
     """Tokens a second, acceptance length and the drafter's share: no speculation and every row, each its own engine."""
@@ -45,24 +47,25 @@ def spec(
         repeats=repeats,
         eager=eager,
         memory=memory,
+        limit=limit,
     )
     plan.check()
     rows = [parse_spec_row(text) for text in ["none", *(row or [])]]
     for parsed in rows:
         engine_args(parsed.label, parsed.options)  # a wrong plugin or option ends the command before any engine starts
 
+    settings: dict[str, Any] = {"model": model, "loads": plan.loads, "batches": plan.batches, "requests": requests}
+    settings |= {"output": output, "repeats": repeats, "eager": eager}
+    kept = records.kept(out, "spec.json", settings) if resume else []
+
     def save(results: list[dict[str, Any]]) -> None:
         if out is not None:
-            lean = [
-                r | {"cells": [{k: v for k, v in c.items() if k != "answers"} for c in r["cells"]]} for r in results
-            ]
-            settings = {"model": model, "loads": plan.loads, "batches": plan.batches, "requests": requests}
-            settings |= {"output": output, "repeats": repeats, "eager": eager}
-            records.save(records.record("bench spec", lean, commit=commit, settings=settings), out / "spec.json")
+            records.save(records.record("bench spec", results, commit=commit, settings=settings), out / "spec.json")
 
-    results = bench_spec(plan, rows, save)
+    results = bench_spec(plan, rows, save, kept)
     table = Table(title="speculation, greedy")
-    for name in ("row", "load", "batch", "tokens/s", "spread", "ratio", "accept length", "draft share", "equal"):
+    heads = ("row", "load", "batch", "tokens/s", "spread", "ratio", "drafts/step", "accept length", "draft share")
+    for name in (*heads, "equal"):
         table.add_column(name, justify="left" if name in ("row", "load") else "right")
     for result in results:
         if "failed" in result:
@@ -71,7 +74,12 @@ def spec(
             low, high = c["tokens_per_s_range"]
             table.add_row(
                 result["label"], c["load"], str(c["batch"]), f"{c['tokens_per_s']:.0f}", f"{low:.0f}–{high:.0f}",
-                f"{c['ratio']:.2f}", f"{c['acceptance_length']:.2f}", f"{c['draft_share']:.1%}",
-                f"{c['equal_answers']:.0%}",
+                f"{c['ratio']:.2f}" if "ratio" in c else "–", f"{c['drafted_per_step']:.2f}",
+                f"{c['acceptance_length']:.2f}", f"{c['draft_share']:.1%}",
+                f"{c['equal_answers']:.0%}" if "equal_answers" in c else "–",
             )  # fmt: skip
     Console(width=150).print(table)
+    for result in results:
+        for load, at in result.get("crossover", {}).items():
+            where = "pays at every batch" if at is None else f"does not pay from batch {at} on"
+            print(f"{result['label']}, {load}: {where}")
