@@ -23,7 +23,7 @@ class SonicMoE(MoEMethod):
     """The inference half of SonicMoE: sections 4.1 (gather in the load, activation in the epilogue) and 4.2.
 
     Same results as vLLM's experts up to rounding. Calls run on these kernels where the table of tiles says that they
-    are at least as fast as vLLM's tuned ones, and on vLLM's own elsewhere. On CPUs, the specification in PyTorch.
+    are faster than vLLM's tuned ones, and on vLLM's own elsewhere. On CPUs, the specification in PyTorch.
     """
 
     name: ClassVar[str] = "sonic_moe"

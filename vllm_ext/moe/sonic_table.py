@@ -18,6 +18,9 @@ from vllm_ext.options import ConfigError
 if TYPE_CHECKING:
     from vllm_ext.kernels.sonic_moe import Tiles
 
+MARGIN = 1.02
+"""vLLM's time over these kernels' from which on they serve: a layer that was 1 % faster alone lost 2 % in a model."""
+
 FOLDER = Path(__file__).with_name("sonic_tiles")
 """The tables that come with the package."""
 
@@ -33,8 +36,8 @@ class Row:
 
     @property
     def serves(self) -> bool:
-        """Whether these kernels were at least as fast as vLLM's."""
-        return self.time_s <= self.stock_s
+        """Whether these kernels were faster than vLLM's, by `MARGIN`."""
+        return self.stock_s >= MARGIN * self.time_s
 
 
 @dataclass(frozen=True)
