@@ -19,6 +19,11 @@ class SpecMethod:
 
     name: ClassVar[str]
     part: ClassVar[Literal["drafter", "verifier", "length", "selector"]]
+    unavailable: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("tree", "width", "branches", "drafts_per_position"),
+        "vLLM verifies one chain of drafts a request, no tree; leave it out.",
+    )
+    """Options of published methods that wait for tree attention, and why."""
 
     @property
     def kind(self) -> str:

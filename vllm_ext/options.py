@@ -103,7 +103,9 @@ def build(cls: type[T], plugin: str, values: Mapping[str, Any] | None) -> T:
     clean: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            raise ConfigError(f"plugin '{plugin}' has no option '{name}'{did_you_mean(str(name), list(fields))}")
+            why = getattr(cls, "unavailable", {}).get(name)
+            reason = f": {why}" if why else did_you_mean(str(name), list(fields))
+            raise ConfigError(f"plugin '{plugin}' has no option '{name}'{reason}")
         meta = fields[name].metadata
         try:
             clean[name] = _coerce(hints[name], value)

@@ -147,3 +147,19 @@ def test_routers_run_on_the_sonic_kernels(model: Path) -> None:
     vllms = run(model, routers)
     sonic = run(model, routers | {"sonic_moe": {"calls": "all"}})
     assert not apart(vllms, sonic["tokens"])
+
+
+@pytest.mark.parametrize("method", ["nash", "camex", "mean", "drop"])
+def test_merging_on_the_device_is_merging(method: str, tmp_path: Path) -> None:
+    """The same clusters, neurons and experts as on a CPU, up to rounding."""
+    from vllm_ext.moe.checkpoint import Checkpoint
+    from vllm_ext.moe.merge import Plan, merge_checkpoint
+    from vllm_ext.moe.models import tiny_moe
+
+    source = tiny_moe(tmp_path / "source")
+    for device in ("cpu", "cuda"):
+        merge_checkpoint(source, tmp_path / device, Plan(4, method), device=device)
+    for layer in (0, 1):
+        found, want = (Checkpoint(tmp_path / device).experts(layer) for device in ("cuda", "cpu"))
+        for part in ("router", "gate", "up", "down"):
+            assert torch.allclose(getattr(found, part), getattr(want, part), atol=1e-5), part

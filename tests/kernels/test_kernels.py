@@ -258,9 +258,10 @@ def test_log_weights_and_row_masks() -> None:
     check_decode(p, ids, counts, torch.float32, row_mask=mask)
 
 
-def test_capacity_of_all_pages_is_dense() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_capacity_of_all_pages_is_dense(dtype: torch.dtype) -> None:
     """Identity: a list that holds every page gives dense attention."""
-    p = make([100, 37], [1, 1], 2, 2, 64, 16)
+    p = make([100, 37], [1, 1], 2, 2, 64, 16, dtype=dtype)
     fill_index(p, "minmax")
     ids, counts, _ = run_select(p, "bound", "max", capacity=8)
     assert counts[:, 0].tolist() == [7, 3]
@@ -270,7 +271,15 @@ def test_capacity_of_all_pages_is_dense() -> None:
         a, _ = reference.sparse_attention(one, p.k_cache, p.v_cache, pages, ids[r, :, : counts[r, 0]], n, p.scale)
         b, _ = reference.sparse_attention(one, p.k_cache, p.v_cache, pages, None, n, p.scale)
         assert torch.equal(a, b)
-    check_decode(p, ids, counts, torch.float32)
+    check_decode(p, ids, counts, dtype)
+    listed, dense = torch.zeros_like(p.q), torch.zeros_like(p.q)
+    buf = DecodeBuffers.allocate(2, 2, 2, 64, DEVICE)
+    for out, held in ((listed, counts), (dense, torch.full_like(counts, -1))):
+        sparse_decode(
+            p.q, p.k_cache, p.v_cache, p.block_table, p.seq_lens, p.query_start_loc, physical(p, ids), held, out, buf,
+            max_query_len=1, scale=p.scale, splits=4,
+        )  # fmt: skip
+    assert error(listed, dense) < 2e-3
 
 
 @pytest.mark.parametrize("seed", range(5))

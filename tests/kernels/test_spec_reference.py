@@ -45,12 +45,14 @@ def test_lossless_rules_keep_the_law(rule: str, vocab: int, k: int, one_hot: boo
 
 @pytest.mark.parametrize("rule", LOSSLESS)
 @pytest.mark.parametrize("kind", ["equal", "disjoint", "one-hot target", "truncated target", "tiny draft"])
-def test_corner_cases_keep_the_law(rule: str, kind: str) -> None:
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_corner_cases_keep_the_law(rule: str, kind: str, one_hot: bool) -> None:
     for seed in range(5):
         target, draft = laws_of(kind, 3, 3, seed)
-        law, accepted = output_law(target, draft, 3, by_rule(LOSSLESS[rule]))
+        law, accepted = output_law(target, draft, 3, by_rule(LOSSLESS[rule], one_hot))
         assert tv(law, target.joint(4)) < TOLERANCE
-        assert accepted == pytest.approx({"equal": 3, "disjoint": 0}.get(kind, accepted), abs=1e-9)
+        want = accepted if one_hot else {"equal": 3, "disjoint": 0}.get(kind, accepted)
+        assert accepted == pytest.approx(want, abs=1e-9)
 
 
 def test_hsd_accepts_at_least_as_much_as_the_ratio_test() -> None:
@@ -113,6 +115,31 @@ def stopping(keep: int) -> Sampler:
         return by_rule(RULES["hsd"])(p, q, x, (first + keep).clamp(max=x.shape[1]))
 
     return laws
+
+
+def cut_by_grammar(rule: Rule, keep: int, one_hot: bool = False) -> Sampler:
+    """Token 0 breaks the grammar: such a draft is cut there. `keep` 1: it still counts, as one rejected in advance."""
+
+    def laws(p: Tensor, q: Tensor, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        first = (x > 0).long().cumprod(1).sum(1)
+        x = torch.where(torch.arange(x.shape[1]) < first[:, None], x, -1)
+        return by_rule(rule, one_hot)(p, q, x, (first + keep).clamp(max=x.shape[1]))
+
+    return laws
+
+
+@pytest.mark.parametrize("rule", LOSSLESS)
+def test_drafts_cut_by_a_grammar(rule: str) -> None:
+    """A sampled draft that was cut leaves the residual law, a deterministic one the target's; p after both fails."""
+    wrong = 0.0
+    for seed in range(10):
+        target, draft = laws_of("random", 3, 3, seed)
+        target.law = [normalized(law * torch.tensor([0.0, 1.0, 1.0])) for law in target.law]
+        for keep, one_hot in ((1, False), (0, True)):
+            law, _ = output_law(target, draft, 3, cut_by_grammar(LOSSLESS[rule], keep, one_hot))
+            assert tv(law, target.joint(4)) < TOLERANCE
+        wrong += tv(output_law(target, draft, 3, cut_by_grammar(LOSSLESS[rule], 0))[0], target.joint(4)) / 10
+    assert wrong > 0.01
 
 
 @pytest.mark.parametrize("control", [uncapped, same_uniform, plain_after_reject, stopping(0)])

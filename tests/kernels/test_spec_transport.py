@@ -64,6 +64,16 @@ def test_law_is_exact_at_any_accuracy(vocab: int, n: int, iterations: int) -> No
     assert (plan.accepted <= plan.optimum + 1e-12).all()
 
 
+def test_a_residual_that_trusts_the_solver_fails() -> None:
+    """Control: p less the mass that a solved plan would accept, after a step that has not solved it."""
+    p, q = pairs(4, 15)
+    plan = transport.solve(p, q, 2, k=4, iterations=1)
+    ps, qs = p.gather(1, plan.tokens), q.gather(1, plan.tokens)
+    trusting = p.scatter_add(1, plan.tokens, -transport.optimal_mass(ps, qs, 2)[0]).clamp(min=0)
+    law, _ = output_law(plan._replace(residual=trusting), p, q, 2)
+    assert float((law - p).abs().sum(1).mean()) > 0.005
+
+
 @pytest.mark.parametrize(("vocab", "n"), [(3, 2), (5, 2), (4, 3), (5, 3), (6, 5)])
 def test_optimum_is_the_minimum_cut_and_is_reached(vocab: int, n: int) -> None:
     p, q = pairs(vocab, 25, seed=vocab + n)

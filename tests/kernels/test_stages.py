@@ -39,6 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lychee recent": {"roles": roles(LAYER + 1, HEADS, GROUP, SIZE), "others": "recent"},
 }
 """A further row of a method has a word behind the name."""
+IDENTICAL: dict[str, dict[str, Any]] = {"resa weighing nothing": {"min_queries": 20, "lambda_": 0.0}}
+"""Further rows that must read and answer as their host does."""
 COVERING: dict[str, dict[str, Any]] = {"tactic": {"mass": 1.0}}
 """Options beside a budget for every page that make a method dense."""
 LAYERS = {"lychee": (LAYER - 1, LAYER)}
@@ -53,7 +55,7 @@ def test_every_method_has_a_row() -> None:
 def stages(name: str, pages: int, dense: bool) -> Stages:
     """The stages of a method with lists of `pages` pages; `dense`: short requests are dense, the others sparse."""
     plugin = name.split()[0]
-    options = BASE | METHODS[name] | ({} if dense else COVERING.get(plugin, {}))
+    options = BASE | (METHODS | IDENTICAL)[name] | ({} if dense else COVERING.get(plugin, {}))
     page = options["page_size"]
     limit = 3 * page if dense else 0
     method = catalogue.get(plugin).cls()(**options | {"budget": pages * page, "dense_below": limit})
@@ -184,3 +186,12 @@ def test_short_requests_are_exact(name: str, kernels: bool) -> None:
     for step, a, b in zip(STEPS, found.outs, found.dense):
         rows = slice(step[0], step[0] + step[1])  # of the second request
         assert torch.allclose(a[rows], b[rows], atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("name", IDENTICAL)
+def test_without_its_own_part_a_method_is_its_host(name: str, kernels: bool) -> None:
+    found, host = run(name, 5, True, kernels), run("quest", 5, True, kernels)
+    assert max(error(a, b) for a, b in zip(found.outs, host.outs)) < 1e-6
+    assert found.stats[:6] == host.stats[:6]
+    assert max(error(a, b) for a, b in zip(found.outs, found.dense)) > 1e-4

@@ -99,7 +99,7 @@ def test_evictions_free_blocks_and_none_is_lost(files, stock, name):
     assert tokens != stock[0]  # a random model notices that most of its prompt is gone
 
 
-@pytest.mark.parametrize("name", ["layer_defensive_kv", "trim_kv"])
+@pytest.mark.parametrize("name", [*PLUGINS, "random_kv"])
 def test_a_budget_that_covers_the_request_gives_stock_tokens(files, stock, name):
     own = options(name, files, 768)  # the layers of half the budget hold 384 tokens
     tokens, found = run(files, name, pool, **own)

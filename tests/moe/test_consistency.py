@@ -113,6 +113,29 @@ def test_segments_are_independent_and_may_differ_in_length() -> None:
         assert consistency.hit_rate(layers, 4, policy) == pytest.approx(alone)
 
 
+def test_a_cache_worked_out_by_hand() -> None:
+    """Experts 0 to 3 find free slots; 4, 5, 6, 7 and the second 3 push out 3, 4, 1 and 5 (tied: the oldest), 2."""
+    ids = [[0, 1], [2, 3], [0, 4], [1, 5], [0, 2], [6, 7], [0, 6], [3, 7], [0, 6]]
+    layer = consistency.activations(np.array(ids), 8)
+    found, needed = consistency.hits([layer], 4, "sch", 4)
+    assert (found.tolist(), needed.tolist()) == ([13], [18])
+
+
+def test_intervals_cover_the_mean_of_many_segments() -> None:
+    """A bootstrap over segments: as wide as the spread of the segments says, and a point where they are equal."""
+    layers = [active(s, 64, stay=0.1 + 0.02 * (s % 40)) for s in range(80)]
+    found, needed = consistency.hits(layers, 4)
+    low, high = consistency.hit_interval(found, needed)
+    rates = found / needed
+    assert low < consistency.hit_rate(layers, 4) < high
+    assert (high - low) / 3.92 == pytest.approx(rates.std() / 80**0.5, rel=0.2)
+    counts = np.stack([consistency.window_counts([a], 16).sum(0) for a in layers])
+    low, high = consistency.srp_interval(counts)
+    assert low < consistency.srp(counts).f1 < high < low + 0.1
+    same = consistency.srp_interval(np.repeat(counts[:1], 5, axis=0))
+    assert same == pytest.approx([consistency.srp(counts[:1]).f1] * 2)
+
+
 def test_load_of_a_known_layer() -> None:
     found = consistency.load([consistency.activations(np.array([[0, 1], [0, 2], [0, 255]]), 4)])
     assert found.share.tolist() == pytest.approx([3 / 5, 1 / 5, 1 / 5, 0])
@@ -146,6 +169,9 @@ def test_report_of_a_trace(trace: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "out" / "moe-report.png").stat().st_size > 10_000
     assert found["segments"] == 4
     steady = found["layers"][1]
+    low, high = found["srp"]["16"]["interval"]
+    assert low <= found["srp"]["16"]["f1"] <= high
+    assert all(r["sch_interval"][0] <= r["sch"] <= r["sch_interval"][1] for r in found["layers"][0]["cache"])
     assert (steady["srp"]["256"]["f1"], steady["imbalance"], steady["unused"]) == (1.0, 4.0, 6)
     assert found["slots"][1] == 2
     assert found["layers"][0]["srp"]["16"]["f1"] < 1

@@ -100,6 +100,15 @@ def test_table_is_written_after_each_number_of_tokens(monkeypatch: pytest.Monkey
     ]  # fmt: skip
     assert done == [1, 2]
     assert json.loads(path.read_text())["command"] == "moe tune --sonic --wide"
+    before = path.read_text()
+    stock[1]["time_s"] = 2e-4  # measured anew: no longer the same comparison
+    sonic_tune.tune(LAYER, stock, NoPool(), tmp_path, lambda *_: None, wide=True)
+    assert asked[2:] == [(128, True)]
+    sonic_tune.tune(LAYER, stock, NoPool(), tmp_path, lambda *_: None)
+    assert asked[3:] == [(64, False), (128, False)]  # another search
+    path.write_text(before[:100])
+    sonic_tune.tune(LAYER, stock[:1], NoPool(), tmp_path, lambda *_: None)
+    assert asked[5:] == [(64, False)]
 
 
 def test_wide_needs_sonic(assert_refused: Any) -> None:

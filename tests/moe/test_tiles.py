@@ -178,6 +178,35 @@ class NoPool:
 
     def wait(self) -> None: ...
 
+    def close(self) -> None: ...
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after two numbers of tokens; the next run searches the third alone, and vLLM's file holds all three."""
+    platform(monkeypatch)
+    asked: list[int] = []
+
+    def search(_layer: Any, tokens: int, *_: Any) -> tune.Found:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(tokens)
+        return tune.Found(tokens, tune.seeds(SHAPE, tokens)[0], 1e-4 * tokens, 2e-4 * tokens, 3)
+
+    monkeypatch.setattr(tune, "search", search)
+    monkeypatch.setattr(tune, "CompilePool", NoPool)
+    monkeypatch.setattr(tune.moe, "make_layer", lambda shape: SimpleNamespace(shape=shape))
+
+    def run() -> tune.Result:
+        return tune.tune(SHAPE, [1, 64, 512], tmp_path, 1.0, False, lambda *_: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    asked[:] = [0]
+    result = run()
+    assert asked == [0, 512]
+    assert [r["tokens"] for r in result.rows] == [1, 64, 512]
+    assert set(json.loads(result.path.read_text())) == {"triton_version", "1", "64", "512"}
+
 
 def test_search_climbs_to_a_better_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the seeds by single steps to a minimum that no seed is, and never slower than the default."""

@@ -72,6 +72,9 @@ def test_options_reach_the_rule() -> None:
         ("fixed", {"drafts": 3}, "not in fixed.lengths"),
         ("cast", {"margin": 0.9}, "cast.margin must be at least 1"),
         ("cast", {"probing": 0.5}, "cast.probing must be at most 0.1"),
+        ("cast", {"width": 4}, "plugin 'cast' has no option 'width': vLLM verifies one chain of drafts a request"),
+        ("hsd", {"drafts_per_position": 2}, "one chain of drafts a request, no tree; leave it out."),
+        ("suffix_automaton", {"tree": True}, "plugin 'suffix_automaton' has no option 'tree': vLLM verifies one chain"),
     ],
 )
 def test_wrong_options_are_refused(name: str, options: dict[str, Any], word: str) -> None:
@@ -101,6 +104,27 @@ def test_rules_without_drafts_or_beside_others_are_refused(name: str) -> None:
         plugin(name).check(nothing)
     with pytest.raises(ConfigError, match="drop one of them"):
         plugin(name).check(config(16, rejection_sample_method="block"))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "remedy"),
+    [("suffix_automaton", "use a drafter with probabilities"), ("draft_model", "set draft_model.sampling to prob")],
+)
+def test_a_rule_that_needs_probabilities_is_refused_without_them(drafter: str, remedy: str) -> None:
+    """No rule of the package is void without them; the protocol lets one say so."""
+
+    class Needy(catalogue.get("hsd").cls()):  # type: ignore[misc]
+        needs_draft_law = True
+        runners = ("v2",)
+
+    cfg = config(16)
+    cfg.additional_config = {"vllm_ext": {drafter: {"num_speculative_tokens": 16}}}
+    with pytest.raises(ConfigError, match=f"needs draft probabilities, which {drafter} does not give; {remedy}"):
+        Needy().check(cfg)
+    Needy().check(config(16, draft_sample_method="probabilistic"))
+    cfg.use_v2_model_runner = False
+    with pytest.raises(ConfigError, match="not available on model runner v1; use v2"):
+        Needy().check(cfg)
 
 
 def test_hsd_says_when_it_gains_nothing() -> None:

@@ -126,7 +126,8 @@ def _plugins(device: str, obstacles: list[str]) -> list[dict[str, Any]]:
         return [{"name": "plugins.yaml", "usable": False, "problem": str(error)}]
     rows = []
     for entry in entries:
-        problem = _plugin_problem(entry, device) or (obstacles[0] if obstacles else "")
+        own = "" if device == "none" else _plugin_problem(entry, device)  # without vLLM, that is what is said
+        problem = own or (obstacles[0] if obstacles else "")
         rows.append({"name": entry.name, "usable": not problem, "problem": problem or None})
     return rows
 

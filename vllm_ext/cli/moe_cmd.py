@@ -72,14 +72,16 @@ def merge(
     step: Annotated[float, typer.Option(help="nash, camex: length of the step; 1 is as far as a mean goes")] = 1.0,
     align: Annotated[bool, typer.Option(help="match the neurons of experts before they are averaged")] = True,
     seed: Annotated[int, typer.Option(help="of the probe inputs")] = 0,
+    device: Annotated[str, typer.Option(help="where to match neurons: auto, cuda or cpu")] = "auto",
 ) -> None:
     """Merge the experts of a model into fewer and write a checkpoint that stock vLLM loads."""
     from vllm_ext.evaluation.progress import bars
     from vllm_ext.moe.merge import Plan, merge_checkpoint
+    from vllm_ext.training.model import pick_device
 
-    plan = Plan(experts=experts, method=method, step=step, align=align, seed=seed)
+    plan, place = Plan(experts=experts, method=method, step=step, align=align, seed=seed), pick_device(device)
     with bars("merge") as advance:
-        summary = merge_checkpoint(model, out, plan, trace, lambda done, total: advance("layers", done, total))
+        summary = merge_checkpoint(model, out, plan, trace, lambda done, total: advance("layers", done, total), place)
     print(summary.text())
 
 

@@ -65,6 +65,10 @@ class Experts:
     def __len__(self) -> int:
         return len(self.gate)
 
+    def to(self, device: torch.device | str) -> Experts:
+        """The same weights on another device."""
+        return Experts(*(w.to(device) for w in (self.router, self.gate, self.up, self.down)))
+
 
 class Checkpoint:
     """An MoE model directory; tensors are read when they are asked for."""

@@ -82,6 +82,12 @@ def hit_rate(layer: Segments, slots: int, policy: Policy = "sch", window: int = 
     Raises:
         ValueError: a token needs more experts than there are slots.
     """
+    found, needed = hits(layer, slots, policy, window)
+    return float(found.sum() / max(needed.sum(), 1))
+
+
+def hits(layer: Segments, slots: int, policy: Policy = "sch", window: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """`hit_rate` before the division: experts found and experts required of each segment, int64 [B] both."""
     active, need = _stacked(layer)
     if need.max(initial=0) > slots:
         raise ValueError(f"{slots} slots cannot hold the {need.max()} experts of a token.")
@@ -89,12 +95,12 @@ def hit_rate(layer: Segments, slots: int, policy: Policy = "sch", window: int = 
     rank = _eviction_ranks(active, policy, window)
     present = np.zeros((rows, num_experts), dtype=bool)
     last = np.full((rows, num_experts), -1, dtype=np.int64)
-    hits = 0
+    found = np.zeros(rows, dtype=np.int64)
     for t in range(steps):
         now = active[t]
         missing = now & ~present
         free = slots - present.sum(1)
-        hits += int((now & present).sum() + np.minimum(missing.sum(1), free).sum())
+        found += (now & present).sum(1) + np.minimum(missing.sum(1), free)
         present |= now
         last[now] = t
         excess = present.sum(1) - slots
@@ -102,7 +108,33 @@ def hit_rate(layer: Segments, slots: int, policy: Policy = "sch", window: int = 
             value = np.where(present & ~now, rank(t, last), np.iinfo(np.int64).max)
             order = value.argsort(axis=1, kind="stable").argsort(axis=1)
             present &= order >= np.maximum(excess, 0)[:, None]
-    return hits / max(int(active.sum()), 1)
+    return found, need.sum(0)
+
+
+RESAMPLES = 1000
+"""Of the bootstrap over segments (the paper's)."""
+
+
+def _resampled(rows: np.ndarray) -> np.ndarray:
+    """Sums over segments drawn with replacement, [B, ...] -> [RESAMPLES, ...]."""
+    draws = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
+    return np.tensordot(draws, rows, 1)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def srp_interval(counts: np.ndarray) -> tuple[float, float]:
+    """95 % interval of SRP, from the counts [B, m + 1] of each segment."""
+    return _interval(np.array([srp(c).f1 for c in _resampled(counts)]))
+
+
+def hit_interval(found: np.ndarray, needed: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a hit rate, from `hits`."""
+    total = _resampled(np.stack([found, needed], axis=1))
+    return _interval(total[:, 0] / np.maximum(total[:, 1], 1))
 
 
 def _stacked(layer: Segments) -> tuple[np.ndarray, np.ndarray]:

@@ -83,6 +83,7 @@ def merge_checkpoint(
     plan: Plan,
     trace: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
 ) -> Summary:
     """Write the merged model to `out`, layer by layer.
 
@@ -92,6 +93,7 @@ def merge_checkpoint(
         plan: how to merge.
         trace: trace of this model; without it all experts count as used alike.
         progress: told layers done and in all.
+        device: where to compare and to match; holds one layer and a few experts in fp32.
 
     Raises:
         ConfigError: not an MoE model of a known layout, an impossible plan, or a trace of another model.
@@ -107,8 +109,8 @@ def merge_checkpoint(
         progress(number, len(source.layers))
         norm = source.tensor(f"model.layers.{layer}.post_attention_layernorm.weight").float()
         probes = torch.randn(PROBES, len(norm), generator=torch.Generator().manual_seed(plan.seed)) * norm
-        merged = merge_layer(source.experts(layer), use[layer], plan, probes, summary)
-        writer.add(expert_tensors(source.layout, layer, merged))
+        merged = merge_layer(source.experts(layer).to(device), use[layer], plan, probes.to(device), summary)
+        writer.add(expert_tensors(source.layout, layer, merged.to("cpu")))
     progress(len(source.layers), len(source.layers))
     writer.close(source.config | {source.layout.count: plan.experts})
     return summary
@@ -132,9 +134,9 @@ def usage(source: Checkpoint, trace: Path | None) -> dict[int, torch.Tensor]:
 def merge_layer(experts: Experts, use: torch.Tensor, plan: Plan, probes: torch.Tensor, summary: Summary) -> Experts:
     """One layer's merged experts; a cluster's gate row is the mean of its members' rows, or its base's under "drop"."""
     if plan.method == "drop":
-        kept = use.argsort(descending=True, stable=True)[: plan.experts].sort().values
+        kept = use.argsort(descending=True, stable=True)[: plan.experts].sort().values.to(experts.gate.device)
         return Experts(experts.router[kept], experts.gate[kept], experts.up[kept], experts.down[kept])
-    clusters = cluster(output_similarity(experts, probes), plan.experts)
+    clusters = cluster(output_similarity(experts, probes).cpu(), plan.experts)
     summary.clusters += len(clusters)
     summary.sizes += [len(c) for c in clusters]
     stacks: list[list[torch.Tensor]] = [[], [], []]
@@ -161,7 +163,7 @@ def merge_cluster(
             merged = centre + _bargain(tau, len(members), plan.step, summary)
         elif plan.method == "camex":
             share = use[list(wishes)] / max(float(use[members].sum()), 1e-12)
-            merged = centre + plan.step * share.float() @ tau
+            merged = centre + plan.step * share.to(tau) @ tau
         else:
             merged = centre + tau.sum(0) / len(members)
     n, d = experts.gate.shape[1:]
@@ -171,14 +173,15 @@ def merge_cluster(
 
 def _bargain(wishes: torch.Tensor, members: int, step: float, summary: Summary) -> torch.Tensor:
     """The step from the base; the mean where the wishes cancel out."""
-    gram = wishes.double() @ wishes.double().T
+    wide = wishes.double()
+    gram = (wide @ wide.T).cpu()
     try:
         alpha = nash_weights(gram)
     except NoBargain:
         summary.fallbacks += 1
         return wishes.sum(0) / members
     length = step * float(gram.diagonal().sqrt().mean()) / (len(wishes) + 1)
-    return (length * alpha).float() @ wishes
+    return (length * alpha).to(wishes) @ wishes
 
 
 def flat(experts: Experts, e: int, order: torch.Tensor | None = None) -> torch.Tensor:
@@ -198,7 +201,7 @@ def matching(experts: Experts, base: int, e: int) -> torch.Tensor | None:
         return torch.cat([experts.gate[i].float(), experts.up[i].float(), experts.down[i].float().T], dim=1)
 
     like = neurons(base) @ neurons(e).T
-    rows = torch.arange(len(like))
+    rows = torch.arange(len(like), device=like.device)
     order = torch.full_like(rows, -1)
     while bool((order < 0).any()):
         best = like.argmax(1)

@@ -41,10 +41,13 @@ def analyse(trace: Trace, *, target: float = 0.9, segments: int = 64) -> dict[st
     windows = [m for m in WINDOWS if max(map(len, cut)) >= m]
     layers: list[dict[str, Any]] = []
     totals: dict[int, Any] = dict.fromkeys(windows, 0)
+    rows: dict[int, Any] = dict.fromkeys(windows, 0)  # [segments, m + 1] of all layers
     for number, layer in enumerate(trace.layers):
         active = [consistency.activations(ids[:, number], trace.num_experts) for ids in cut]
-        counts = {m: consistency.window_counts(active, m) for m in windows}
+        each = {m: [consistency.window_counts([a], m) for a in active] for m in windows}
+        counts = {m: np.sum(each[m], axis=0) for m in windows}
         totals = {m: totals[m] + counts[m] for m in windows}
+        rows = {m: rows[m] + np.stack([c.sum(0) for c in each[m]]) for m in windows}
         load = consistency.load(active)
         layers.append(
             {
@@ -65,7 +68,9 @@ def analyse(trace: Trace, *, target: float = 0.9, segments: int = 64) -> dict[st
         "requests": len(trace.first),
         "segments": len(cut),
         "target": target,
-        "srp": {str(m): vars(consistency.srp(totals[m])) for m in windows},
+        "srp": {
+            str(m): vars(consistency.srp(totals[m])) | {"interval": consistency.srp_interval(rows[m])} for m in windows
+        },
         "layers": layers,
         "slots": recommend([layer["cache"] for layer in layers], target),
     }
@@ -76,7 +81,12 @@ def _caches(active: consistency.Segments, trace: Trace) -> list[dict[str, Any]]:
     widest = max(int(a.sum(1).max(initial=0)) for a in active)
     sizes = sorted({min(trace.num_experts, max(widest, round(r * trace.top_k))) for r in RATIOS})
     policies: tuple[consistency.Policy, ...] = ("sch", "lru", "belady")
-    return [{"slots": c} | {p: consistency.hit_rate(active, c, p, CACHE_WINDOW) for p in policies} for c in sizes]
+    out = []
+    for c in sizes:
+        found = {p: consistency.hits(active, c, p, CACHE_WINDOW) for p in policies}
+        rates = {p: float(hit.sum() / max(need.sum(), 1)) for p, (hit, need) in found.items()}
+        out.append({"slots": c} | rates | {"sch_interval": consistency.hit_interval(*found["sch"])})
+    return out
 
 
 def recommend(layers: list[list[dict[str, Any]]], target: float) -> list[int | None]:
@@ -110,10 +120,12 @@ def tables(report: dict[str, Any]) -> list[Any]:
 
     head = f"{report['model']}: {report['num_experts']} experts, {report['top_k']} a token"
     model = Table(title=f"{head}; {report['tokens']} tokens of {report['requests']} requests")
-    for name in ("window m", "SRP", "switched on / needed", "threshold"):
+    for name in ("window m", "SRP", "95 % interval", "switched on / needed", "threshold"):
         model.add_column(name, justify="right")
     for m, row in report["srp"].items():
-        model.add_row(m, f"{row['f1']:.1%}", f"{row['scale']:.2f}", f"{row['threshold']} of {m}")
+        low, high = row["interval"]
+        part = f"{row['scale']:.2f}", f"{row['threshold']} of {m}"
+        model.add_row(m, f"{row['f1']:.1%}", f"{low:.1%}–{high:.1%}", *part)
     layers = Table(title=f"layers (hit rates of an expert cache, look-ahead {CACHE_WINDOW} tokens)")
     sizes = sorted({row["slots"] for layer in report["layers"] for row in layer["cache"]})
     for name in ("layer", "max / mean load", "deviation", "unused", "SRP m=16", *(f"SCH {c}" for c in sizes), "slots"):

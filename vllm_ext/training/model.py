@@ -66,8 +66,15 @@ class Frozen:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """ "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    cuda = torch.cuda.is_available()
+    if name != "auto" and name.split(":")[0] not in (("cuda", "cpu") if cuda else ("cpu",)):
+        raise ConfigError(f"--device {name} is not available here; use auto{', cuda' if cuda else ''} or cpu.")
+    return torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
 
 
 def load(model: str | Path, device: str = "auto", dtype: str = "auto", tokenizer: Any = None) -> Frozen:
