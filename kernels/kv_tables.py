@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,3 +53,30 @@ def record_queries(query: Tensor, places: Tensor, ring: Tensor) -> None:
     width = query.shape[1] * query.shape[2]
     if places.shape[0]:
         _record[(places.shape[0], triton.cdiv(width, 1024))](query, places, ring, query.stride(0), width, TN=1024)
+
+
+@triton.jit(do_not_specialize=["window", "layers", "width"])
+def _window_queries(PTRS, RING, PLACES, OUT, window, layers, width, TN: tl.constexpr):
+    request, layer = tl.program_id(1) // layers, tl.program_id(1) % layers
+    ring = tl.load(PTRS + layer).to(RING.dtype)
+    place = tl.load(PLACES + request * window + tl.program_id(0)).to(tl.int64)
+    at = tl.program_id(2) * TN + tl.arange(0, TN)
+    x = tl.load(ring + place * width + at, mask=at < width)
+    row = tl.program_id(1).to(tl.int64) * window + tl.program_id(0)
+    tl.store(OUT + row * width + at, x, mask=at < width)
+
+
+def window_queries(pointers: Tensor, ring: Tensor, places: Tensor) -> Tensor:
+    """Recorded queries of R requests in L layers, one launch: [R * L, w, Hq, D], by request, then by layer.
+
+    Args:
+        pointers: [L] int64 addresses of contiguous rings with the shape of `ring` [slots, window, Hq, D].
+        places: [R, w] int32, rows of the flattened ring, oldest query first.
+    """
+    (requests, window), layers = places.shape, len(pointers)
+    out = torch.empty(requests * layers, window, *ring.shape[2:], dtype=ring.dtype, device=ring.device)
+    width = ring.shape[2] * ring.shape[3]
+    _window_queries[(window, requests * layers, triton.cdiv(width, 1024))](
+        pointers, ring, places, out, window, layers, width, TN=1024
+    )
+    return out

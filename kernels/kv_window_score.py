@@ -1,8 +1,9 @@
 """Attention of a window of queries to all resident tokens, reduced per token and never materialised.
 
-Specification: `kv_reference.window_attention` with `weighted_rows` (heads) or `worst_case` (worst). Two passes over K:
-the first finds each row's log-sum-exp, the second turns logits into probabilities and reduces them in registers.
-Pooling along the tokens reads shifted tiles of K, so no program needs another's columns.
+Specification: `kv_reference.window_attention` with `weighted_rows` (heads), `group_mean` (mean) or `worst_case`
+(worst). Two passes over K, each one launch for all layers of several requests: the first finds each row's log-sum-exp,
+the second turns logits into probabilities and reduces them in registers. Pooling along the tokens reads shifted tiles
+of K, so no program needs another's columns.
 """
 
 from __future__ import annotations
@@ -12,197 +13,203 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_ext.kernels.kv_compact import LayerCaches, _cache_of
+
 TILE = 64
 """Tokens of a tile; a program takes `tiles` of them."""
-PROGRAMS = 528
-"""Programs of a launch: four for each of the 132 SMs of an H100."""
+PROGRAMS = 2112
+"""Programs of a launch, if there are so many tiles: sixteen for each of the 132 SMs of an H100."""
+HEADS, MEAN, WORST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What `_reduce_rows` gives a token: a sum per query head, their mean, or the largest of all rows."""
 
 
 @triton.jit
-def _logits(
-    q, K, ROW, head, cols, n, first, visible, wi, k_page, k_head, k_tok, scale, P: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr,
-):  # fmt: skip
+def _logits(q, keys, row, cols, n, visible, wi, k_page, k_tok, scale, P: tl.constexpr, D: tl.constexpr,
+            DP: tl.constexpr):  # fmt: skip
     """Scaled logits [ROWS, TILE] of one KV head for resident tokens `cols`; -inf where a row does not see a token."""
     rd = tl.arange(0, DP)
-    slot = first + cols
     ok = (cols >= 0) & (cols < n)
-    page = tl.load(ROW + slot // P, mask=ok, other=0).to(tl.int64)
-    at = page * k_page + head * k_head + (slot % P) * k_tok
-    k = tl.load(K + at[None, :] + rd[:, None], mask=ok[None, :] & (rd[:, None] < D), other=0.0)
+    page = tl.load(row + cols // P, mask=ok, other=0).to(tl.int64)
+    at = page * k_page + (cols % P) * k_tok
+    k = tl.load(keys + at[None, :] + rd[:, None], mask=ok[None, :] & (rd[:, None] < D), other=0.0)
     s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
     seen = ok[None, :] & (cols[None, :] < visible + wi[:, None])
     return tl.where(seen, s, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n", "first", "visible", "tiles"])
+@triton.jit
+def _window(Q, entry, head, q_entry, q_tok, q_head, G: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
+            D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """Queries [ROWS, DP] of one KV head: row g * W + i is query i of the window by head g of the group."""
+    rr, rd = tl.arange(0, ROWS), tl.arange(0, DP)
+    at = entry * q_entry + (rr % W)[:, None] * q_tok + (head * G + rr // W)[:, None] * q_head
+    return tl.load(Q + at + rd[None, :], mask=(rr < G * W)[:, None] & (rd < D)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["n", "visible", "tiles", "layers", "r_row"])
 def _rows_lse(
-    Q, K, ROW, M, S, n, first, visible, tiles, q_tok, q_head, k_page, k_head, k_tok, scale, G: tl.constexpr,
-    W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TN: tl.constexpr,
+    Q, PTRS, CACHE, ROWS_OF, LSE, n, visible, tiles, layers, r_row, q_entry, q_tok, q_head, k_page, k_head, k_tok,
+    scale, G: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    TN: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Partial maximum and sum of each row over the tiles of one program."""
-    head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    """Log-sum-exp of each row over the tiles of one program."""
+    head, part, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rr = tl.arange(0, ROWS)
-    rd = tl.arange(0, DP)
     wi = rr % W
-    q = tl.load(
-        Q + wi[:, None] * q_tok + (head * G + rr // W)[:, None] * q_head + rd[None, :],
-        mask=(rr < G * W)[:, None] & (rd < D)[None, :], other=0.0,
-    )  # fmt: skip
+    q = _window(Q, entry, head, q_entry, q_tok, q_head, G, W, ROWS, D, DP)
+    keys = _cache_of(PTRS, CACHE, entry % layers, ALIGN) + head * k_head
+    row = ROWS_OF + entry // layers * r_row
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for i in range(0, tiles):
         cols = (part * tiles + i) * TN + tl.arange(0, TN)
-        s = _logits(q, K, ROW, head, cols, n, first, visible, wi, k_page, k_head, k_tok, scale, P, D, DP)
+        s = _logits(q, keys, row, cols, n, visible, wi, k_page, k_tok, scale, P, D, DP)
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(s - safe[:, None]), 1)
         top = new
-    tl.store(M + (head * parts + part) * ROWS + rr, top)
-    tl.store(S + (head * parts + part) * ROWS + rr, total)
+    found = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    tl.store(LSE + ((entry * tl.num_programs(0) + head) * tl.num_programs(1) + part) * ROWS + rr, found)
 
 
-@triton.jit(do_not_specialize=["n", "columns", "first", "visible", "tiles"])
+@triton.jit(do_not_specialize=["n", "visible", "tiles", "layers", "r_row", "columns", "w_group"])
 def _reduce_rows(
-    Q, K, ROW, LSE, WEIGHTS, OUT, n, columns, first, visible, tiles, q_tok, q_head, k_page, k_head, k_tok, scale,
-    G: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    TN: tl.constexpr, POOL: tl.constexpr, WORST: tl.constexpr,
+    Q, PTRS, CACHE, ROWS_OF, LSE, WEIGHTS, OUT, n, visible, tiles, layers, r_row, q_entry, q_tok, q_head, k_page,
+    k_head, k_tok, scale, columns, w_group, G: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, TN: tl.constexpr, ALIGN: tl.constexpr, POOL: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """WORST: maximum over all rows of the pooled, weighted probabilities; else their weighted sum per query head."""
-    head, part = tl.program_id(0), tl.program_id(1)
+    """The weighted probabilities of each token, pooled where KIND is WORST, reduced over the rows."""
+    head, part, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = entry * tl.num_programs(0) + head
     rr = tl.arange(0, ROWS)
-    rd = tl.arange(0, DP)
     wi = rr % W
     real = rr < G * W
-    q = tl.load(
-        Q + wi[:, None] * q_tok + (head * G + rr // W)[:, None] * q_head + rd[None, :],
-        mask=real[:, None] & (rd < D)[None, :], other=0.0,
-    )  # fmt: skip
-    lse = tl.load(LSE + head * ROWS + rr)
-    weight = tl.load(WEIGHTS + head * ROWS + rr)
+    q = _window(Q, entry, head, q_entry, q_tok, q_head, G, W, ROWS, D, DP)
+    keys = _cache_of(PTRS, CACHE, entry % layers, ALIGN) + head * k_head
+    row = ROWS_OF + entry // layers * r_row
+    lse = tl.load(LSE + group * ROWS + rr)
+    weight = tl.load(WEIGHTS + group * w_group + rr)
     for i in range(0, tiles):
         cols = (part * tiles + i) * TN + tl.arange(0, TN)
-        if WORST:
+        if KIND == WORST:
             p = tl.zeros([ROWS, TN], tl.float32)
             for shift in tl.static_range(0, POOL):
                 near = cols + shift - POOL // 2
-                s = _logits(q, K, ROW, head, near, n, first, visible, wi, k_page, k_head, k_tok, scale, P, D, DP)
+                s = _logits(q, keys, row, near, n, visible, wi, k_page, k_tok, scale, P, D, DP)
                 p += tl.where((near < columns)[None, :], tl.exp(s - lse[:, None]), 0.0)
             p = tl.where(real[:, None], p * (weight / POOL)[:, None], 0.0)
-            tl.store(OUT + head * columns + cols, tl.max(p, 0), mask=cols < columns)
+            tl.store(OUT + group * columns + cols, tl.max(p, 0), mask=cols < columns)
         else:
-            s = _logits(q, K, ROW, head, cols, n, first, visible, wi, k_page, k_head, k_tok, scale, P, D, DP)
+            s = _logits(q, keys, row, cols, n, visible, wi, k_page, k_tok, scale, P, D, DP)
             p = tl.where(real[:, None], tl.exp(s - lse[:, None]) * weight[:, None], 0.0)
-            for g in tl.static_range(0, G):
-                mine = tl.sum(tl.where((rr // W == g)[:, None], p, 0.0), 0)
-                tl.store(OUT + (head * G + g) * columns + cols, mine, mask=cols < columns)
-
-
-def _power(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+            if KIND == MEAN:
+                tl.store(OUT + group * columns + cols, tl.sum(p, 0) / G, mask=cols < columns)
+            else:
+                for g in tl.static_range(0, G):
+                    mine = tl.sum(tl.where((rr // W == g)[:, None], p, 0.0), 0)
+                    tl.store(OUT + (group * G + g) * columns + cols, mine, mask=cols < columns)
 
 
 class WindowScore:
-    """The window of one request and layer against its resident keys.
+    """The windows of R requests against their resident keys in L layers.
 
     Args:
-        queries: [w, Hq, D] of the w newest tokens.
-        k_cache: [num_blocks, H, P, D] view, any strides, last axis contiguous.
-        row: [blocks] int32 block table.
-        first: first resident slot.
-        n: resident tokens.
+        queries: [R * L, w, Hq, D] of the w newest tokens, by request, then by layer.
+        keys: views [num_blocks, H, P, D] of the keys.
+        rows: [R, blocks] int32, block tables from the first resident block on.
+        n: resident tokens of each request.
         scale: of the logits.
+        layers: which of `keys`; default all.
     """
 
-    def __init__(self, queries: Tensor, k_cache: Tensor, row: Tensor, first: int, n: int, scale: float) -> None:
-        (w, hq, d), heads = queries.shape, k_cache.shape[1]
-        self.queries, self.keys, self.row, self.n = queries, k_cache, row, n
-        self.heads, self.group, self.window, self.rows = heads, hq // heads, w, max(16, _power(hq // heads * w))
+    def __init__(
+        self, queries: Tensor, keys: LayerCaches, rows: Tensor, n: int, scale: float, layers: range | None = None
+    ) -> None:
+        (self.entries, w, hq, d), (_, heads, page, _) = queries.shape, keys.like.shape
+        self.queries, self.keys, self.table, self.n, self.scale = queries, keys, rows, n, scale
+        self.layers, self.pointers = layers, keys.pointers_of(layers)
+        self.heads, self.group, self.window = heads, hq // heads, w
+        self.rows, self.visible = max(16, triton.next_power_of_2(hq // heads * w)), n - w + 1
         tile = TILE if self.rows <= 128 else TILE // 2  # registers
         tiles = triton.cdiv(n, tile)
-        parts = min(tiles, max(1, PROGRAMS // heads))
-        self.tiles = triton.cdiv(tiles, parts)
-        self.parts = triton.cdiv(tiles, self.tiles)
+        self.tiles = triton.cdiv(tiles, min(tiles, max(1, PROGRAMS // (heads * self.entries))))
+        self.grid = (heads, triton.cdiv(tiles, self.tiles), self.entries)
         self.numbers = (
-            first,
-            n - w + 1,
-            self.tiles,
-            queries.stride(0),
-            queries.stride(1),
-            *k_cache.stride()[:3],
-            scale,
-        )
+            n, self.visible, self.tiles, len(self.pointers), rows.stride(0), *queries.stride()[:3],
+            *keys.like.stride()[:3], scale,
+        )  # fmt: skip
         self.sizes = {
-            "G": self.group, "W": w, "ROWS": self.rows, "P": k_cache.shape[2], "D": d, "DP": max(16, _power(d)),
-            "TN": tile, "num_warps": 8 if self.rows >= 128 else 4, "num_stages": 2,
+            "G": self.group, "W": w, "ROWS": self.rows, "P": page, "D": d, "DP": max(16, triton.next_power_of_2(d)),
+            "TN": tile, "ALIGN": keys.align, "num_warps": 8 if self.rows >= 128 else 4, "num_stages": 2,
         }  # fmt: skip
         self.lse = self._lse()
 
-    def _lse(self) -> Tensor:
-        """[H, ROWS] fp32."""
-        m = torch.empty(self.heads, self.parts, self.rows, dtype=torch.float32, device=self.row.device)
-        s = torch.empty_like(m)
-        _rows_lse[(self.heads, self.parts)](
-            self.queries, self.keys, self.row, m, s, self.n, *self.numbers, **self.sizes
-        )
-        top = m.amax(1)
-        return top + (s * (m - top[:, None]).exp()).sum(1).log()
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.table.device)
 
-    def _reduce(self, weights: Tensor, out: Tensor, columns: int, pool: int, worst: bool) -> Tensor:
-        _reduce_rows[(self.heads, self.parts)](
-            self.queries, self.keys, self.row, self.lse, weights.contiguous(), out, self.n, columns, *self.numbers,
-            POOL=pool, WORST=worst, **self.sizes,
+    def _lse(self) -> Tensor:
+        """[R * L, H, ROWS] fp32."""
+        parts = self._new(self.entries, self.heads, self.grid[1], self.rows)
+        _rows_lse[self.grid](
+            self.queries, self.pointers, self.keys.like, self.table, parts, *self.numbers, **self.sizes
+        )
+        return parts.logsumexp(2)
+
+    def _reduce(self, weights: Tensor, out: Tensor, pool: int, kind: tl.constexpr) -> Tensor:
+        """Weights [ROWS] of all, or [R * L, H, ROWS]."""
+        _reduce_rows[self.grid](
+            self.queries, self.pointers, self.keys.like, self.table, self.lse, weights, out, *self.numbers,
+            out.shape[-1], self.rows if weights.dim() > 1 else 0, POOL=pool, KIND=kind.value, **self.sizes,
         )  # fmt: skip
         return out
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """[H, G * w] -> [H, ROWS]."""
-        return torch.nn.functional.pad(rows, (0, self.rows - rows.shape[1]))
+        """[..., G * w] -> [..., ROWS]."""
+        return torch.nn.functional.pad(rows, (0, self.rows - rows.shape[-1])).contiguous()
+
+    def _over_window(self, weights: Tensor | None, out: Tensor, kind: tl.constexpr) -> Tensor:
+        if weights is None:
+            return self._reduce(self._new(self.rows).fill_(1 / self.window), out, 1, kind)
+        return self._reduce(self._padded(weights.float().repeat(self.group)), out, 1, kind)
 
     def heads_sum(self, weights: Tensor | None = None) -> Tensor:
-        """[Hq, n] fp32: attention summed over the window with `weights` [w], default 1 / w."""
-        if weights is None:
-            weights = torch.full((self.window,), 1 / self.window, device=self.row.device)
-        rows = weights.float().repeat(self.heads, self.group)
-        out = torch.empty(self.heads * self.group, self.n, dtype=torch.float32, device=self.row.device)
-        return self._reduce(self._padded(rows), out, self.n, 1, False)
+        """[R * L, Hq, n] fp32: attention summed over the window with `weights` [w], default 1 / w."""
+        return self._over_window(weights, self._new(self.entries, self.heads * self.group, self.n), HEADS)
+
+    def mean(self, weights: Tensor | None = None) -> Tensor:
+        """[R * L, H, n] fp32: `heads_sum` averaged over the GQA group."""
+        return self._over_window(weights, self._new(self.entries, self.heads, self.n), MEAN)
 
     def worst(self, pool: int = 1, columns: int | None = None) -> Tensor:
-        """[H, columns] fp32: largest probability over window and group, rows pooled over the columns and rescaled."""
+        """[R * L, H, columns] fp32: largest probability over window and group, rows pooled and rescaled first."""
         columns = self.n if columns is None else columns
-        out = torch.empty(self.heads, columns, dtype=torch.float32, device=self.row.device)
-        rows = self._padded(self._mass_ratio(pool, columns))
-        return self._reduce(rows, out, columns, pool, True)
+        if pool == 1:
+            weights = self._new(self.rows).fill_(1)
+        else:
+            weights = self._padded(self._mass_ratio(pool, columns))
+        return self._reduce(weights, self._new(self.entries, self.heads, columns), pool, WORST)
 
     def _mass_ratio(self, pool: int, columns: int) -> Tensor:
-        """[H, G * w]: mass of a row over its mass after pooling. Zero padding loses mass at the two ends only."""
-        ones = torch.ones(self.heads, self.group * self.window, device=self.row.device)
-        if pool == 1:
-            return ones
+        """[R * L, H, G * w]: a row's mass over that after pooling; zero padding loses mass at the two ends only."""
         half = pool // 2
-        ends = [*range(min(half, columns)), *range(max(half, columns - half), columns)]
-        lost = [max(0, half - j) + max(0, half - (columns - 1 - j)) for j in ends]
-        at = torch.tensor(ends, device=self.row.device)
-        slot = self.numbers[0] + at
-        keys = self.keys[self.row[slot // self.sizes["P"]].long(), :, slot % self.sizes["P"]]  # [ends, H, D]
-        q = self.queries.float().unflatten(1, (self.heads, self.group))
-        logits = torch.einsum("whgd,ehd->hgwe", q, keys.float()) * self.numbers[-1]
-        hidden = at[None] >= self.numbers[1] + torch.arange(self.window, device=at.device)[:, None]
-        p = (logits.masked_fill(hidden, -torch.inf).flatten(1, 2) - self.lse[:, : ones.shape[1], None]).exp()
-        missing = (p * torch.tensor(lost, device=at.device)).sum(-1) / pool
-        mass = self._mass(columns)
+        front, back = min(half, columns), max(half, columns - half)
+        mass, missing = torch.ones_like(self.lse[..., : self.group * self.window]), 0.0
+        for begin, end in ((0, front), (back, self.n)):
+            if begin >= end:
+                continue
+            at = torch.arange(begin, end, device=self.table.device)
+            p = self._probabilities(at, begin, end)
+            mass = mass - (p * (at >= columns)).sum(-1)
+            lost = (half - at).clamp(min=0) + (half - (columns - 1 - at)).clamp(min=0)
+            missing = missing + (p * (lost * (at < columns))).sum(-1) / pool
         left = mass - missing
-        return torch.where(left > 0, mass / left, ones)
+        return torch.where(left > 0, mass / left, 1.0)
 
-    def _mass(self, columns: int) -> Tensor:
-        """[H, G * w] probability of the first `columns` tokens: all, less that of the few behind them."""
-        if columns == self.n:
-            return torch.ones(self.heads, self.group * self.window, device=self.row.device)
-        slot = self.numbers[0] + torch.arange(columns, self.n, device=self.row.device)
-        keys = self.keys[self.row[slot // self.sizes["P"]].long(), :, slot % self.sizes["P"]]
-        q = self.queries.float().unflatten(1, (self.heads, self.group))
-        logits = torch.einsum("whgd,ehd->hgwe", q, keys.float()) * self.numbers[-1]
-        at = torch.arange(columns, self.n, device=slot.device)
-        hidden = at[None] >= self.numbers[1] + torch.arange(self.window, device=at.device)[:, None]
-        p = (logits.masked_fill(hidden, -torch.inf).flatten(1, 2) - self.lse[:, : self.group * self.window, None]).exp()
-        return 1 - p.sum(-1)
+    def _probabilities(self, at: Tensor, begin: int, end: int) -> Tensor:
+        """[R * L, H, G * w, end - begin] of a few tokens."""
+        keys = self.keys.gather(self.table, begin, end, self.layers).float()
+        q = self.queries.float().unflatten(2, (self.heads, self.group))
+        logits = torch.einsum("xwhgd,xhed->xhgwe", q, keys) * self.scale
+        hidden = at[None] >= self.visible + torch.arange(self.window, device=at.device)[:, None]
+        p = logits.masked_fill(hidden, -torch.inf).flatten(2, 3)
+        return (p - self.lse[:, :, : p.shape[2], None]).exp()

@@ -42,6 +42,9 @@ class KVMethod:
     """Whether `score` reads `view.positions` (kept per compacted token only then)."""
     needs_output_weight: ClassVar[bool] = False
     """Whether `score` reads `view.output_weight` or `view.output_gram`."""
+    batched: ClassVar[bool] = False
+    """Whether requests with equally many tokens may share a `view`, one after the other on its layer axis. `score` then
+    reads only `n`, `chosen`, `budget` and the view's reductions of attention and keys, which gather nothing."""
     side_values: ClassVar[int] = 0
     """fp32 values kept with every token and KV head (`view.side`), written by the method while tokens are computed."""
     paper_values: ClassVar[Mapping[str, Any]] = {}

@@ -24,6 +24,7 @@ class RKV(KVMethod):
     """
 
     name: ClassVar[str] = "r_kv"
+    batched: ClassVar[bool] = True
     trigger: ClassVar[Trigger] = "decode"
 
     budget: int | None = option(1024, "tokens kept per KV head", unit="tokens", minimum=16)

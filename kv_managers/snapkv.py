@@ -23,6 +23,7 @@ class SnapKV(KVMethod):
     """
 
     name: ClassVar[str] = "snapkv"
+    batched: ClassVar[bool] = True
     paper_values: ClassVar[Mapping[str, Any]] = {"window": 16, "sinks": 0}
 
     pool: int = option(5, "tokens of the average pooling", unit="tokens", minimum=1, choices=(1, 3, 5, 7, 9, 13))

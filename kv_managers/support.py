@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,16 +129,14 @@ class Steps:
         """
         runner = rows.runner()
         batch = rows.read(common, runner)
-        starts, records = [0] * common.num_reqs, []
+        records = []
         if any(batch) and not self.compactor.layers:
             self.compactor.layers = self.layers(runner)
         queries = self.counts.method.needs_queries
         first_token = common.query_start_loc_cpu.tolist() if queries else []
+        starts = self.compactor.begin_step(batch, common.block_table_tensor.__getitem__)
         for r, row in enumerate(batch):
-            if row is None:
-                continue
-            starts[r] = self.compactor.begin(row, partial(common.block_table_tensor.__getitem__, r))
-            if queries:
+            if row is not None and queries:
                 ring, first, end = self.compactor.record_range(row)
                 if end > first:
                     records.append((first_token[r] + first - row.before, ring, first, end - first))

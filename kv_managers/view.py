@@ -15,7 +15,7 @@ from vllm_ext.kernels import kv_reference as reference
 
 @dataclass
 class KVView:
-    """One request, L layers.
+    """One request, L layers; of a method that is `batched`, several requests like the first, one after the other on L.
 
     Attributes:
         layers: numbers of the layers on axis L.
@@ -123,22 +123,24 @@ class KVView:
 
     def attention_heads(self, weights: Tensor | None = None) -> Tensor:
         """[L, Hq, n] fp32: attention summed over the window with `weights` [w], default 1 / w."""
-        if self.fused is not None and self.fused.applies(self):
+        if self.fused is not None:
             return self.fused.heads(self, weights)
         return reference.weighted_rows(self.attention(), weights)
 
     def attention_mean(self, weights: Tensor | None = None) -> Tensor:
         """[L, H, n] fp32: `attention_heads` averaged over the GQA group."""
+        if self.fused is not None:
+            return self.fused.mean(self, weights)
         return reference.group_mean(self.attention_heads(weights), self.heads)
 
     def attention_max(self, pool: int = 1, columns: int | None = None) -> Tensor:
         """[L, H, columns] fp32: largest attention over window and group, rows average-pooled and rescaled first."""
-        if self.fused is not None and self.fused.applies(self):
+        if self.fused is not None:
             return self.fused.worst(self, pool, columns)
         return reference.worst_case(self.attention(), self.heads, pool, columns)
 
     def redundancy(self, threshold: float, recent: int) -> Tensor:
         """[L, H, n] fp32: `kv_reference.redundancy` of the keys."""
         if self.fused is not None:
-            return self.fused.redundancy(self.keys.contiguous(), threshold, recent)
+            return self.fused.redundancy(self, threshold, recent)
         return reference.redundancy(self.keys, threshold, recent)

@@ -88,7 +88,7 @@ def kv_kernel_table(record: Record) -> str:
          f"{k['bytes_per_s'] / 1e9:.0f}", f"{k['of_floor']:.0%}"]
         for k in found["kernels"]
     ]  # fmt: skip
-    return table(("kernel", "resident tokens", "us", "MiB that must move", "GB/s", "of the copy bandwidth"), rows)
+    return table(("kernel", "resident tokens", "us", "MiB that must move", "GB/s", "of its floor"), rows)
 
 
 def _kv_kernel_title(record: Record) -> str:

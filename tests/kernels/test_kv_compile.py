@@ -19,21 +19,29 @@ SHARED = 232448
 def cases() -> dict[str, tuple[str, dict[str, Any], int]]:
     """Name -> kernel, constants, warps."""
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
-    for g, w, d in ((4, 32, 128), (3, 32, 64), (7, 32, 128)):
+    for g, w, d in ((4, 32, 128), (3, 32, 64), (7, 32, 128), (4, 8, 128)):
         rows = max(16, 1 << (g * w - 1).bit_length())
-        window = {"G": g, "W": w, "ROWS": rows, "P": 32, "D": d, "DP": d, "TN": 64 if rows <= 128 else 32}
+        sizes = {"G": g, "W": w, "ROWS": rows, "P": 32, "D": d, "DP": d, "ALIGN": 16}
+        window = sizes | {"TN": 64 if rows <= 128 else 32}
         warps = 8 if rows >= 128 else 4
         found[f"lse G{g} w{w} D{d}"] = ("kv_window_score._rows_lse", window, warps)
-        for pool, worst in ((1, False), (5, True)):
-            constants = window | {"POOL": pool, "WORST": worst}
-            found[f"reduce G{g} w{w} D{d} pool {pool}"] = ("kv_window_score._reduce_rows", constants, warps)
+        for pool, kind in ((1, 0), (1, 1), (5, 2)):
+            constants = window | {"POOL": pool, "KIND": kind}
+            found[f"reduce G{g} w{w} D{d} kind {kind}"] = ("kv_window_score._reduce_rows", constants, warps)
     for tile in (64, 2048):
         found[f"select {tile}"] = ("kv_select._select_survivors", {"TN": tile}, 8)
     for block, d in ((16, 64), (32, 128), (128, 80)):
-        sizes = {"P": block, "C": 2 * d, "TN": 32}
-        found[f"compact P{block} D{d}"] = ("kv_compact._compact", sizes | {"CP": 128}, 4)
-        found[f"gather P{block} D{d}"] = ("kv_compact._gather", sizes | {"CP": 1 << (2 * d - 1).bit_length()}, 4)
-    found["redundancy"] = ("kv_redundancy._mean_cosine", {"RECENT": True, "D": 128, "DP": 128, "TN": 64}, 4)
+        sizes = {"P": block, "C": 2 * d, "ALIGN": 16}
+        found[f"compact P{block} D{d}"] = ("kv_compact._compact", sizes | {"CP": 64, "TN": 128}, 4)
+        width = 1 << (2 * d - 1).bit_length()
+        found[f"gather P{block} D{d}"] = ("kv_compact._gather", sizes | {"CP": width, "TN": 32}, 4)
+    for d, tokens, warps in ((128, 128, 8), (64, 128, 8), (256, 64, 4)):
+        sizes = {"P": 32, "D": d, "DP": d, "TN": 64, "ALIGN": 16}
+        found[f"unit sums D{d}"] = ("kv_redundancy._unit_sums", sizes, 4)
+        for recent in (False, True):
+            constants = sizes | {"TM": tokens, "RECENT": recent, "SPAN": 6}
+            found[f"redundancy D{d} recent {recent}"] = ("kv_redundancy._mean_cosine", constants, warps)
+    found["window queries"] = ("kv_tables._window_queries", {"TN": 1024}, 4)
     found["shift"] = ("kv_tables._shift", {"P": 32, "TN": 1024}, 4)
     found["record"] = ("kv_tables._record", {"TN": 1024}, 4)
     return found
@@ -47,7 +55,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTERS = {"Q": "bf16", "K": "bf16", "CACHE": "bf16", "QUERY": "bf16", "RING": "bf16", "PTRS": "i64", "KEPT": "i64",
-            "LSE": "fp32", "WEIGHTS": "fp32", "M": "fp32", "S": "fp32", "SCORES": "fp32"}
+            "LSE": "fp32", "WEIGHTS": "fp32", "INVERSE": "fp32", "SUMS": "fp32", "SUM": "fp32", "SCORES": "fp32"}
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -55,7 +63,8 @@ def compile_one(item):
     name, (kernel, constants, warps) = item
     module, function = kernel.split(".")
     fn = getattr(importlib.import_module("vllm_ext.kernels." + module), function)
-    out = {"_select_survivors": "i64", "_gather": "bf16", "_shift": "i32"}.get(function, "fp32")
+    outs = {"_select_survivors": "i64", "_gather": "bf16", "_shift": "i32", "_window_queries": "bf16"}
+    out = outs.get(function, "fp32")
     signature = {}
     for arg in fn.arg_names:
         if arg in constants:
@@ -67,7 +76,7 @@ def compile_one(item):
         else:
             signature[arg] = "i32"
     at = {arg: i for i, arg in enumerate(fn.arg_names)}
-    aligned = ("k_page", "k_head", "k_tok", "q_tok", "q_head", "c_page", "c_head", "c_tok")
+    aligned = ("k_page", "k_head", "k_tok", "q_entry", "q_tok", "q_head", "c_page", "c_head", "c_tok")
     attributes = {(at[a],): [["tt.divisibility", 16]] for a, t in signature.items() if t[0] == "*" or a in aligned}
     source = ASTSource(fn, signature, constexprs={(at[k],): v for k, v in constants.items()}, attrs=attributes)
     options = {"num_warps": warps, "num_stages": 2 if module == "kv_window_score" else 3}
@@ -103,3 +112,9 @@ def test_compiles_without_spills(compiled: dict[str, dict[str, Any]]) -> None:
         assert used["STACK"] <= 32, (case, used)
         assert used["LOCAL"] == 0, (case, used)
         assert used["shared"] <= SHARED, (case, used)
+
+
+def test_two_programs_compare_keys_on_an_sm(compiled: dict[str, dict[str, Any]]) -> None:
+    used = compiled["redundancy D128 recent True"]
+    assert used["REG"] <= 128
+    assert 2 * (used["shared"] + 1024) <= SHARED + 1024

@@ -205,3 +205,35 @@ def test_warm_up_leaves_nothing_behind(name: str) -> None:
     assert worker.compactor.requests == {}
     assert len(worker.compactor.free_rings) == 4
     assert warm_up.prompts(steps, 40) == []
+
+
+@pytest.mark.parametrize("name", ["r_kv", "snapkv layer"])
+def test_requests_that_evict_together_keep_what_each_keeps_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ext.kv_managers import compactor
+    from vllm_ext.kv_managers.device_ops import DeviceOps
+
+    prompts, batches = [96, 96, 128, 96], []
+    together, alone = Worker(METHODS[name], DeviceOps()), Worker(METHODS[name])
+    evict = together.compactor._evict
+    monkeypatch.setattr(together.compactor, "_evict", lambda batch: batches.append(len(batch)) or evict(batch))
+    for worker in (together, alone):
+        requests = [worker.admit(str(i), n, n + 1, i) for i, n in enumerate(prompts)]
+        rows = [Row(x["name"], 0, x["prompt"], x["prompt"]) for x in requests]
+        for request in requests:
+            worker.step(request, 0, request["prompt"])
+        if worker is together:
+            monkeypatch.setattr(compactor, "WORKSPACE_BYTES", 2 * together.compactor._layer_bytes(96) * LAYERS)
+            rows = [None, *(row._replace(before=row.after, after=row.after + 1) for row in rows)]
+            tables = [None, *(request["row"] for request in requests)]
+            starts = worker.compactor.begin_step(rows, tables.__getitem__)
+        else:
+            for request in requests:
+                worker.step(request, request["prompt"], request["prompt"] + 1)
+    assert batches == [2, 1, 1]
+    for name, request in alone.compactor.requests.items():
+        other = together.compactor.requests[name]
+        assert torch.equal(other.positions, request.positions)
+        assert (other.start, other.due, other.ring < 0) == (request.start, request.due, request.ring < 0)
+        assert starts[1 + int(name)] == request.start > 0
+    totals = [w.compactor.totals.__dict__ | {"seconds": 0} for w in (together, alone)]
+    assert totals[0] == totals[1]
