@@ -123,6 +123,10 @@ def test_greedy_identity(tiny, draft, table, stock, case):
     if "ragged" in case:  # a policy cuts drafts that all requests had as many of
         assert found["mixed"] > 0
         assert found["counts"] >= 3
+    assert (found["scheduled"] is not None) == bool({"draft_model", "pard"} & set(plugins))
+    if found["scheduled"] is not None:  # no look-ups: counted where vLLM counts
+        assert found["scheduled"][1:3] == [found["drafted"], found["accepted"]]
+        assert sum(found["scheduled"][3:]) == found["accepted"]
     if found["counted"] is not None:
         assert found["left"] <= 6
         assert 0 < found["counted"][2] <= found["accepted"]
