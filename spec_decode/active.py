@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vllm_ext import config
 from vllm_ext.spec_decode.method import DrafterMethod, LengthMethod, SpecMethod, VerifierMethod
 
@@ -58,7 +60,7 @@ def tenant(sampling_params: Any) -> str | None:
 
 
 class SpecCounters:
-    """What a worker publishes of its look-up drafters, by arm."""
+    """What a worker publishes of its look-up drafters, by arm, and a scheduler of other drafters."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         from vllm_ext.spec_metrics import Publisher
@@ -71,3 +73,26 @@ class SpecCounters:
         from vllm_ext.spec_decode.lookup import ARMS
 
         self._publisher.publish(ARMS, drafter.counters, float(drafter.seconds[0]))
+
+
+class DraftCounters(SpecCounters):
+    """Counts the drafts of a drafter that looks nothing up, as the scheduler sees them come back.
+
+    Args:
+        drafts: K, the most drafts of a step.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, name: str, drafts: int) -> None:
+        super().__init__(vllm_config)
+        self.name = name
+        self.totals = np.zeros((1, 3 + drafts), np.int64)
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """`accepted` of `drafted` drafts of a request were accepted."""
+        if drafted:
+            self.totals[0, :3] += 1, drafted, accepted
+            self.totals[0, 3 : 3 + accepted] += 1
+
+    def publish_totals(self) -> None:
+        """Hand the totals on; cheap, so after every step."""
+        self._publisher.publish((self.name,), self.totals, None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_ext.options import ConfigError, option
-from vllm_ext.spec_decode.method import DrafterMethod
+from vllm_ext.spec_decode.method import SCHEDULER, DrafterMethod
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class DraftModel(DrafterMethod):
     """K tokens one after the other; the draft model has KV pages of its own."""
 
     name: ClassVar[str] = "draft_model"
+    counted_by_scheduler: ClassVar[bool] = True
 
     model: str = option("", "the draft model: a directory or a name that vLLM can load")
     sampling: str = option(
@@ -21,6 +22,9 @@ class DraftModel(DrafterMethod):
         "how drafts are drawn: the most likely token, or from the model's law (rules that use it accept more)",
         choices=("greedy", "probabilistic"),
     )
+
+    def engine_args(self) -> dict[str, Any]:
+        return super().engine_args() | (SCHEDULER if self.counted_by_scheduler else {})
 
     def speculative_config(self, runner: str) -> dict[str, Any]:
         return {

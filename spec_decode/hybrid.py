@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from vllm_ext.options import option
 from vllm_ext.spec_decode.draft_model import DraftModel
+from vllm_ext.spec_decode.method import SCHEDULER
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Hybrid(DraftModel):
 
     name: ClassVar[str] = "hybrid"
     runners: ClassVar[tuple[str, ...]] = ("v2",)
+    counted_by_scheduler: ClassVar[bool] = False
 
     parallel: bool = option(False, "whether the draft model drafts in parallel (PARD)")
     switch: int = option(5, "shortest match that replaces the model's draft", unit="tokens", minimum=1)
@@ -29,8 +31,7 @@ class Hybrid(DraftModel):
     )
 
     def engine_args(self) -> dict[str, Any]:
-        tenants = {"scheduler_cls": "vllm_ext.spec_decode.scheduler.SpeculationScheduler"} if self.shared else {}
-        return super().engine_args() | tenants
+        return super().engine_args() | (SCHEDULER if self.shared else {})
 
     def early(self, engine_args: Any) -> None:
         from vllm_ext.spec_decode.limits import check_mask_token

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from vllm_ext.spec_decode.tables import LookupSettings
 
 
+SCHEDULER: dict[str, Any] = {"scheduler_cls": "vllm_ext.spec_decode.scheduler.SpeculationScheduler"}
+"""Engine arguments of plugins that act, or count, in the scheduler."""
+
+
 @dataclass(frozen=True)
 class SpecMethod:
     """Base of all speculation plugins. `part` says what it fills; at most one plugin of each part is on."""
@@ -94,10 +98,7 @@ class LengthMethod(SpecMethod):
         """The scheduler that asks the policy, and every draft count in vLLM's schedule, so that it is captured."""
         counts = sorted({0, *self.lengths}, reverse=True)  # few requests at a time: the longest are kept
         ranges = [[i + 1, i + 1, n] for i, n in enumerate(counts)]
-        return {
-            "speculative_config": {"num_speculative_tokens_per_batch_size": ranges},
-            "scheduler_cls": "vllm_ext.spec_decode.scheduler.SpeculationScheduler",
-        }
+        return {"speculative_config": {"num_speculative_tokens_per_batch_size": ranges}} | SCHEDULER
 
     def policy(self, vllm_config: Any) -> LengthPolicy:
         """The policy, made once per scheduler.
@@ -114,6 +115,8 @@ class DrafterMethod(SpecMethod):
 
     part: ClassVar[Literal["drafter"]] = "drafter"
     runners: ClassVar[tuple[str, ...]] = ("v1", "v2")
+    counted_by_scheduler: ClassVar[bool] = False
+    """Look-up drafters count in their worker, by arm; others have the scheduler count for them."""
 
     num_speculative_tokens: int = option(
         7, "most tokens drafted for a request in a step", unit="tokens", minimum=1, maximum=32

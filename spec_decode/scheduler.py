@@ -1,4 +1,4 @@
-"""Draft lengths and tenants in vLLM's scheduler (`--scheduler-cls`), synchronous or asynchronous as vLLM runs it."""
+"""Draft lengths, tenants and counts in vLLM's scheduler (`--scheduler-cls`), synchronous or asynchronous."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class _Speculation(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config
-        method = active.length(config)
+        method, drafter = active.length(config), active.drafter(config)
+        self.spec_counters = None
+        if drafter is not None and drafter.counted_by_scheduler:
+            self.spec_counters = active.DraftCounters(config, drafter.name, self.num_spec_tokens)
         if method is None or not self.num_spec_tokens:
             return
         self.spec_policy = method.policy(config)
@@ -71,6 +74,8 @@ class _Speculation(_Base):
         if hasattr(self, "spec_history"):
             self.spec_history.note(request_id, num_draft_tokens, num_accepted_tokens)
             self.spec_outcomes.append((num_draft_tokens, num_accepted_tokens))
+        if self.spec_counters is not None:
+            self.spec_counters.note(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats,
             num_draft_tokens=num_draft_tokens,
@@ -80,8 +85,10 @@ class _Speculation(_Base):
         )
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; reports the step to the policy."""
+        """As vLLM's; reports the step to the policy, and the counts to the metrics."""
         result = super().update_from_output(*args, **kwargs)
+        if self.spec_counters is not None:
+            self.spec_counters.publish_totals()
         if hasattr(self, "spec_history"):
             now = time.perf_counter()
             drafted, accepted = np.array(self.spec_outcomes or [(0, 0)], np.int64).T

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_ext.options import option
-from vllm_ext.spec_decode.method import DrafterMethod
+from vllm_ext.spec_decode.method import SCHEDULER, DrafterMethod
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class SuffixAutomaton(DrafterMethod):
     )
 
     def engine_args(self) -> dict[str, Any]:
-        tenants = {"scheduler_cls": "vllm_ext.spec_decode.scheduler.SpeculationScheduler"} if self.shared else {}
-        return super().engine_args() | tenants
+        return super().engine_args() | (SCHEDULER if self.shared else {})
 
     def lookup(self, requests: int, max_model_len: int) -> Any:
         from vllm_ext.spec_decode.tables import LookupSettings

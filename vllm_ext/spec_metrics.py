@@ -24,12 +24,12 @@ class Publisher(totals.Publisher):
         super().__init__(vllm_config, FAMILY, HELP)
         self.rule = rule
 
-    def publish(self, arms: Sequence[str], counters: Any, seconds: float) -> None:
-        """Totals of each arm, [len(arms), 3 + K] as in `lookup.step`."""
+    def publish(self, arms: Sequence[str], counters: Any, seconds: float | None) -> None:
+        """Totals of each arm, [len(arms), 3 + K] as in `lookup.step`; seconds on the host or None."""
         if self.due():
             self.write(self.samples(arms, counters, seconds))
 
-    def samples(self, arms: Sequence[str], counters: Any, seconds: float) -> Iterable[totals.Sample]:
+    def samples(self, arms: Sequence[str], counters: Any, seconds: float | None) -> Iterable[totals.Sample]:
         """(name, labels, total) of everything that is not zero."""
         for arm, row in zip(arms, counters.tolist()):
             labels = {"drafter": arm, "rule": self.rule}
@@ -39,4 +39,5 @@ class Publisher(totals.Publisher):
             for position, value in enumerate(row[3:]):
                 if value:
                     yield "spec_accepted_at", {**labels, "position": str(position)}, value
-        yield "spec_draft_seconds", {"drafter": "all", "rule": self.rule}, seconds
+        if seconds is not None:
+            yield "spec_draft_seconds", {"drafter": "all", "rule": self.rule}, seconds

@@ -17,7 +17,7 @@ from test_random_requests import Driver, Request, workload
 
 pytestmark = pytest.mark.engine
 
-REQUESTS, LONGEST = 60, 400
+REQUESTS, LONGEST = 30, 400
 COVERING = {"page_size": PAGE, "budget": 512, "dense_below": 0, "dense_layers": [1]}
 ENGINE = {"max_model_len": 512, "max_num_seqs": 12, "max_num_batched_tokens": 256}
 POOL = 20

@@ -98,7 +98,8 @@ def serve(
     each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     params = [SamplingParams(**(greedy | s)) for s in each]
     with engine(model, arguments) as llm:
-        steps = note_drafts(llm.llm_engine.engine_core.engine_core.scheduler)
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        steps = note_drafts(scheduler)
         texts = [{"prompt_token_ids": p} for p in prompts]
         began = time.monotonic()
         outputs = [llm.generate(texts, params, use_tqdm=False) for _ in range(rounds)]
@@ -117,6 +118,7 @@ def serve(
             "seconds": seconds,
             "decoded": sum(map(len, steps)),
             "counted": None if drafter is None else drafter.counters.sum(0).tolist(),
+            "scheduled": None if (c := getattr(scheduler, "spec_counters", None)) is None else c.totals[0].tolist(),
             "left": None if drafter is None else len(drafter.running()),
             "runner": type(runner).__module__,
             "mixed": sum(0 in counts and max(counts) > 0 for counts in steps),

@@ -36,6 +36,12 @@ def test_expansion(runner):
     assert "scheduler_cls" not in args
 
 
+@pytest.mark.parametrize("name", ["draft_model", "pard"])
+def test_model_drafters_are_counted_by_the_scheduler(runner, name):
+    args = config.expand([name], {name: {"model": "x"}}).engine_args
+    assert args["scheduler_cls"].endswith("SpeculationScheduler")
+
+
 def test_drafter_and_length_policy_share_a_speculative_config(runner):
     given = {"suffix_automaton": {"num_speculative_tokens": 6}, "fixed": {"lengths": [0, 3, 6], "drafts": 3}}
     args = config.expand(["suffix_automaton", "fixed"], given).engine_args

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_ext import metrics, spec_metrics, totals
+from vllm_ext.spec_decode import active
 from vllm_ext.spec_decode.history import AcceptanceHistory
 from vllm_ext.spec_decode.lookup import ARMS
 
@@ -17,7 +18,9 @@ def config(tmp_path, monkeypatch):
     """An engine whose counter files lie in a folder of the test."""
     monkeypatch.setattr(metrics, "_folder", lambda: tmp_path)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    return lambda rank=0: SimpleNamespace(instance_id="e1", parallel_config=SimpleNamespace(rank=rank))
+    return lambda rank=0: SimpleNamespace(
+        instance_id="e1", additional_config={}, parallel_config=SimpleNamespace(rank=rank)
+    )
 
 
 def test_counters_reach_the_registry(config):
@@ -33,6 +36,21 @@ def test_counters_reach_the_registry(config):
     assert found[("vllm_ext:spec_steps_total", "ngram", "hsd")] == 1
     assert found[("vllm_ext:spec_draft_seconds_total", "all", "hsd")] == 0.5
     assert not any("first" in key for key in found)
+
+
+def test_the_scheduler_counts_for_model_drafters(config):
+    """Three drafts of a request, one with nothing drafted; no seconds, which the GPU spends."""
+    collector = totals.Collector("e1", spec_metrics.FAMILY, spec_metrics.HELP)
+    counters = active.DraftCounters(config(), "pard", 4)
+    for drafted, accepted in ((4, 4), (4, 1), (0, 0), (3, 0)):
+        counters.note(drafted, accepted)
+    counters.publish_totals()
+    found = {(name, labels.get("position")): (value, labels["drafter"]) for name, labels, value in collector.read()}
+    assert {key: value for key, (value, _) in found.items()} == {
+        ("spec_steps", None): 3, ("spec_drafted", None): 11, ("spec_accepted", None): 5, ("spec_accepted_at", "0"): 2,
+        ("spec_accepted_at", "1"): 1, ("spec_accepted_at", "2"): 1, ("spec_accepted_at", "3"): 1,
+    }  # fmt: skip
+    assert {drafter for _, drafter in found.values()} == {"pard"}
 
 
 def test_files_of_an_earlier_engine_do_not_count(config):

@@ -100,12 +100,11 @@ def traced(path: Path) -> tuple[list[int], list[np.ndarray]]:
 @pytest.mark.parametrize(
     ("how", "plugins", "weights"),
     [
-        ({}, {"kern": {"gamma": 2.0}}, [8, 64, 64]),
         ({"spawn": True}, {"kern": {"gamma": 2.0}}, [8, 64, 64]),
         ({}, {"dirmoe": {"threshold": 0.5}, "sonic_moe": {}}, [8, 64, 64]),
         ({"enable_expert_parallel": True}, {"dirmoe": {"threshold": 0.5}, "sonic_moe": {}}, [4, 128, 64]),
     ],
-    ids=["kern", "kern-new-processes", "sonic_moe", "sonic_moe-expert-parallel"],
+    ids=["kern-new-processes", "sonic_moe", "sonic_moe-expert-parallel"],
 )
 def test_routers_kernels_and_traces(
     how: dict[str, Any], plugins: dict[str, Any], weights: list[int], ranks: Any, moe: Path, tmp_path: Path
