@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_ext.kernels.index_update import page_record
-from vllm_ext.kernels.score_select import _count, _select, padded_rows
+from vllm_ext.kernels.score_select import _count, _write_list, padded_rows
 
 if TYPE_CHECKING:
     from vllm_ext.kernels.score_select import SelectBuffers
@@ -42,25 +42,6 @@ def _query_columns(
     ok = (token < tokens) & (row < M * G)
     at = Q + token[None, :] * q_tok + (head * G + row % G)[None, :] * q_head + rd[:, None]
     return tl.load(at, mask=ok[None, :] & (rd < D)[:, None], other=0.0)
-
-
-@triton.jit
-def _write_list(
-    SC, BT, IDS, PAGES, COUNTS, STATS, pair, n, m, real, capacity, sink, local, np_cap,
-    P: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """The list of one request and KV head whose scores are written, and its counters."""
-    count = tl.cdiv(n, P)
-    first = tl.minimum(sink, count)
-    last = tl.maximum(0, tl.minimum(count - local, (n - m) // P))
-    at = pair.to(tl.int64) * capacity
-    _select(
-        SC + pair.to(tl.int64) * np_cap, BT, IDS + at, PAGES + at, COUNTS + pair, count, m, first, last, capacity,
-        np_cap, 0, NB, True,
-    )  # fmt: skip
-    if real:
-        kept = tl.minimum(count, capacity)
-        _count(STATS, kept * P - (count * P - n), n, count, kept, True)
 
 
 @triton.jit(do_not_specialize=["width", "tokens"])
@@ -124,7 +105,10 @@ def _score_records(
         tl.debug_barrier()  # every thread's scores are written before the ticket says so
         if tl.atomic_add(TICKET + pair, 1, sem="acq_rel") == active - 1:
             tl.store(TICKET + pair, 0)  # ready for the next layer
-            _write_list(SC, table, IDS, PAGES, COUNTS, STATS, pair, n, m, real, capacity, sink, local, np_cap, P, NB)
+            _write_list(
+                score, table, IDS, PAGES, COUNTS, STATS, pair, n, m, m * G, real, count, capacity, sink, local, np_cap,
+                0, P, NB, True,
+            )  # fmt: skip
     if dense & (worker == 0):
         tl.store(COUNTS + pair, -1)
         if real:

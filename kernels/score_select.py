@@ -198,6 +198,24 @@ def _count(STATS, read, visible, scored, pages, is_sparse: tl.constexpr):
 
 
 @triton.jit
+def _write_list(
+    SC, BT, IDS, PAGES, COUNTS, STATS, pair, n, m, rows, real, scored, capacity, sink, local, np_cap,
+    GROUP: tl.constexpr, P: tl.constexpr, NB: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    """The list of one request and KV head whose scores, from SC on, are written, and its counters."""
+    count = tl.cdiv(n, P)
+    first = tl.minimum(sink, count)
+    last = tl.maximum(0, tl.minimum(count - local, (n - m) // P))
+    at = pair.to(tl.int64) * capacity
+    _select(
+        SC, BT, IDS + at, PAGES + at, COUNTS + pair, count, rows, first, last, capacity, np_cap, GROUP, NB, EARLY
+    )  # fmt: skip
+    if real:
+        kept = tl.minimum(count, capacity)
+        _count(STATS, kept * P - (count * P - n), n, scored, kept, True)
+
+
+@triton.jit
 def _score_select(
     Q, K, INDEX, BT, SEQ, START, DENSE, SLOTS, SC, IDS, PAGES, COUNTS, TICKET, STATS,
     scale, radius, dense_limit, capacity, sink, local, np_cap, bt_row,
@@ -258,16 +276,11 @@ def _score_select(
     tl.debug_barrier()  # every thread's scores are written before the ticket says so
     if tl.atomic_add(TICKET + pair, 1, sem="acq_rel") == active - 1:
         tl.store(TICKET + pair, 0)  # ready for the next layer
-        first = tl.minimum(sink, count)
-        last = tl.maximum(0, tl.minimum(count - local, (n - m) // P))
-        at = pair.to(tl.int64) * capacity
-        _select(
-            SCP, table, IDS + at, PAGES + at, COUNTS + pair, count, m * G, first, last, capacity, np_cap, GROUP, NB
+        scored = count if SCORE != 3 else 0
+        _write_list(
+            SCP, table, IDS, PAGES, COUNTS, STATS, pair, n, m, m * G, real, scored, capacity, sink, local, np_cap,
+            GROUP, P, NB,
         )  # fmt: skip
-        if real:
-            kept = tl.minimum(count, capacity)
-            scored = count if SCORE != 3 else 0
-            _count(STATS, kept * P - (count * P - n), n, scored, kept, True)
 
 
 @dataclass

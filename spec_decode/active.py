@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_ext.spec_decode.tables import LookupDrafter, LookupSettings
+    from vllm_ext.spec_metrics import Publisher
 
 TENANT = "vllm_ext_tenant"
 """Key in `SamplingParams.extra_args`: whose text a request is; the engine sets it to the request's cache salt."""
@@ -60,13 +61,10 @@ def tenant(sampling_params: Any) -> str | None:
 
 
 class SpecCounters:
-    """What a worker publishes of its look-up drafters, by arm, and a scheduler of other drafters."""
+    """What a worker publishes of its look-up drafters, by arm."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        from vllm_ext.spec_metrics import Publisher
-
-        rule = verifier(vllm_config)
-        self._publisher = Publisher(vllm_config, rule.name if rule else "standard")
+        self._publisher = _publisher(vllm_config)
 
     def publish(self, drafter: LookupDrafter) -> None:
         """Hand the totals on; cheap, so after every step."""
@@ -75,7 +73,7 @@ class SpecCounters:
         self._publisher.publish(ARMS, drafter.counters, float(drafter.seconds[0]))
 
 
-class DraftCounters(SpecCounters):
+class DraftCounters:
     """Counts the drafts of a drafter that looks nothing up, as the scheduler sees them come back.
 
     Args:
@@ -83,16 +81,30 @@ class DraftCounters(SpecCounters):
     """
 
     def __init__(self, vllm_config: VllmConfig, name: str, drafts: int) -> None:
-        super().__init__(vllm_config)
-        self.name = name
-        self.totals = np.zeros((1, 3 + drafts), np.int64)
+        self._publisher, self.name = _publisher(vllm_config), name
+        self.drafted = 0
+        self.accepted = [0] * (drafts + 1)
+        """Verifications by the number of drafts that they accepted."""
 
     def note(self, drafted: int, accepted: int) -> None:
-        """`accepted` of `drafted` drafts of a request were accepted."""
+        """`accepted` of `drafted` drafts of a request were accepted; called for every request of every step."""
         if drafted:
-            self.totals[0, :3] += 1, drafted, accepted
-            self.totals[0, 3 : 3 + accepted] += 1
+            self.drafted += drafted
+            self.accepted[accepted] += 1
 
-    def publish_totals(self) -> None:
+    @property
+    def totals(self) -> np.ndarray:
+        """[1, 3 + K] int64 as in `lookup.step`."""
+        at_least = np.cumsum(self.accepted[::-1])[::-1]
+        return np.array([[at_least[0], self.drafted, at_least[1:].sum(), *at_least[1:]]])
+
+    def publish(self) -> None:
         """Hand the totals on; cheap, so after every step."""
         self._publisher.publish((self.name,), self.totals, None)
+
+
+def _publisher(vllm_config: VllmConfig) -> Publisher:
+    from vllm_ext.spec_metrics import Publisher
+
+    rule = verifier(vllm_config)
+    return Publisher(vllm_config, rule.name if rule else "standard")

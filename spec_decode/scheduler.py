@@ -88,7 +88,7 @@ class _Speculation(_Base):
         """As vLLM's; reports the step to the policy, and the counts to the metrics."""
         result = super().update_from_output(*args, **kwargs)
         if self.spec_counters is not None:
-            self.spec_counters.publish_totals()
+            self.spec_counters.publish()
         if hasattr(self, "spec_history"):
             now = time.perf_counter()
             drafted, accepted = np.array(self.spec_outcomes or [(0, 0)], np.int64).T

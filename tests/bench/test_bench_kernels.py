@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_ext.bench import kernels
+from vllm_ext.bench import kernels, method_ops
 from vllm_ext.bench.decode import Case
 from vllm_ext.cli import main
 from vllm_ext.evaluation import worker
@@ -136,3 +136,20 @@ def test_timing_starts_when_the_device_is_idle(monkeypatch: pytest.MonkeyPatch) 
     layers: Any = ["a", "b"]
     assert kernels.measure(events.append, layers) == pytest.approx(2e-3)
     assert events == ["a", "b", "synchronize", "timer", "a", "b"]
+
+
+@pytest.mark.parametrize("name", ["seer", "infllm_v2", "lychee"])
+def test_the_op_of_a_method_attends_and_counts(name: str) -> None:
+    """In the interpreter: every layer is written, and the floor lies between the listed keys and all of them."""
+    torch.manual_seed(0)
+    batch = kernels.make_batch(Case(1, 520), 448, device="cpu")
+    batch.layers = batch.layers[:1]
+    options = method_ops.METHODS[name] | ({"local": 2} if name == "infllm_v2" else {})
+    floor, call = method_ops.entry(name, options)(batch)
+    key = 2 * kernels.SIZE * 2
+    assert kernels.HEADS * 6 * 64 * key <= floor <= kernels.HEADS * 519 * key * 1.2
+    for layer in batch.layers:
+        layer.out.fill_(float("nan"))
+        call(layer)
+        assert layer.out.isfinite().all()
+        assert layer.out.float().std() > 0.01

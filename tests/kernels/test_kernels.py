@@ -164,38 +164,41 @@ def test_bound_is_above_every_logit_of_its_page_and_its_centre_is_not() -> None:
     assert (centre < logits).any()
 
 
-def test_ties_go_to_the_lower_page() -> None:
+@pytest.mark.parametrize("score", ["bound", "exact"])  # a launch of its own each
+def test_ties_go_to_the_lower_page(score: str) -> None:
     p = make([640], [1], 1, 2, 64, 16)
     p.index.zero_()
-    ids, counts, _ = run_select(p, "bound", "max", capacity=9)
+    p.k_cache.zero_()
+    ids, counts, _ = run_select(p, score, "max", capacity=9)
     assert counts.item() == 9
     assert ids[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 38, 39]
 
 
-def test_many_tiles_and_reuse_of_the_buffers() -> None:
+@pytest.mark.parametrize("score", ["bound", "exact"])
+def test_many_tiles_and_reuse_of_the_buffers(score: str) -> None:
     """More than one tile a request, and a second step over the same scratch."""
     p = make([16 * 150 + 3, 16 * 70], [1, 1], 1, 2, 64, 16)
     fill_index(p, "minmax")
     for _ in range(2):
-        ids, _, buf = run_select(p, "bound", "max", capacity=20, pages=256)
+        ids, _, buf = run_select(p, score, "max", capacity=20, pages=256)
         for r in range(2):
-            assert torch.equal(ids[r].cpu(), expected_list(p, r, "bound", "max", 20).cpu())
+            assert torch.equal(ids[r].cpu(), expected_list(p, r, score, "max", 20).cpu())
         assert (buf.ticket == 0).all()
 
 
 def test_dense_requests_and_counters() -> None:
     p = make([100, 60, 200], [1, 1, 1], 2, 2, 64, 16)
-    fill_index(p, "minmax")
-    _, counts, buf = run_select(p, "bound", "max", capacity=4, dense_limit=64)
+    _, counts, buf = run_select(p, "exact", "max", capacity=4, dense_limit=64)
     assert counts.tolist() == [[4, 4], [-1, -1], [4, 4]]
     read = 2 * ((64 - (112 - 100)) + 60 + (64 - (208 - 200)))
     assert buf.stats.tolist() == [read, 2 * 360, 2 * (7 + 13), 2 * 8, 4, 2, 0, 0]
 
 
-def test_score_select_completes_the_index() -> None:
+@pytest.mark.parametrize("group", ["max", "softmax"])
+def test_score_select_completes_the_index(group: str) -> None:
     """A decode step that fills a page leaves that page's record behind."""
     p = make([64, 63, 50], [1, 1, 3], 2, 2, 64, 16)
-    run_select(p, "bound", "max", capacity=4)
+    run_select(p, "bound", group, capacity=4)
     done = p.block_table[0, 3].item()
     assert torch.equal(p.index[done], reference.index_record(p.k_cache[done], "minmax"))
     drafted = p.block_table[2, 2].item()  # tokens 47, 48, 49: page 2 is complete with token 47

@@ -44,7 +44,7 @@ def test_the_scheduler_counts_for_model_drafters(config):
     counters = active.DraftCounters(config(), "pard", 4)
     for drafted, accepted in ((4, 4), (4, 1), (0, 0), (3, 0)):
         counters.note(drafted, accepted)
-    counters.publish_totals()
+    counters.publish()
     found = {(name, labels.get("position")): (value, labels["drafter"]) for name, labels, value in collector.read()}
     assert {key: value for key, (value, _) in found.items()} == {
         ("spec_steps", None): 3, ("spec_drafted", None): 11, ("spec_accepted", None): 5, ("spec_accepted_at", "0"): 2,

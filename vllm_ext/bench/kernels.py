@@ -9,10 +9,9 @@ a process of its own: an illegal memory access ends a CUDA context, and with it 
 
 from __future__ import annotations
 
-import dataclasses
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_ext.bench import method_ops
@@ -140,7 +139,7 @@ def _scores_alone(b: Batch) -> tuple[float, Callable[[Layer], Any]]:
     import torch
 
     silent = torch.full_like(b.select.ticket, -(2**30))
-    return _score_select(dataclasses.replace(b, select=dataclasses.replace(b.select, ticket=silent)))
+    return _score_select(replace(b, select=replace(b.select, ticket=silent)))
 
 
 def _sparse_decode(b: Batch) -> tuple[float, Callable[[Layer], Any]]:

@@ -82,7 +82,11 @@ def hit_rate(layer: Segments, slots: int, policy: Policy = "sch", window: int = 
     Raises:
         ValueError: a token needs more experts than there are slots.
     """
-    found, needed = hits(layer, slots, policy, window)
+    return rate(*hits(layer, slots, policy, window))
+
+
+def rate(found: np.ndarray, needed: np.ndarray) -> float:
+    """A hit rate from `hits`."""
     return float(found.sum() / max(needed.sum(), 1))
 
 

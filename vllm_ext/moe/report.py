@@ -40,13 +40,11 @@ def analyse(trace: Trace, *, target: float = 0.9, segments: int = 64) -> dict[st
         raise ConfigError(f"the trace holds no {WINDOWS[0]} consecutive tokens; trace longer requests.")
     windows = [m for m in WINDOWS if max(map(len, cut)) >= m]
     layers: list[dict[str, Any]] = []
-    totals: dict[int, Any] = dict.fromkeys(windows, 0)
     rows: dict[int, Any] = dict.fromkeys(windows, 0)  # [segments, m + 1] of all layers
     for number, layer in enumerate(trace.layers):
         active = [consistency.activations(ids[:, number], trace.num_experts) for ids in cut]
         each = {m: [consistency.window_counts([a], m) for a in active] for m in windows}
         counts = {m: np.sum(each[m], axis=0) for m in windows}
-        totals = {m: totals[m] + counts[m] for m in windows}
         rows = {m: rows[m] + np.stack([c.sum(0) for c in each[m]]) for m in windows}
         load = consistency.load(active)
         layers.append(
@@ -69,7 +67,7 @@ def analyse(trace: Trace, *, target: float = 0.9, segments: int = 64) -> dict[st
         "segments": len(cut),
         "target": target,
         "srp": {
-            str(m): vars(consistency.srp(totals[m])) | {"interval": consistency.srp_interval(rows[m])} for m in windows
+            str(m): vars(consistency.srp(rows[m])) | {"interval": consistency.srp_interval(rows[m])} for m in windows
         },
         "layers": layers,
         "slots": recommend([layer["cache"] for layer in layers], target),
@@ -84,7 +82,7 @@ def _caches(active: consistency.Segments, trace: Trace) -> list[dict[str, Any]]:
     out = []
     for c in sizes:
         found = {p: consistency.hits(active, c, p, CACHE_WINDOW) for p in policies}
-        rates = {p: float(hit.sum() / max(need.sum(), 1)) for p, (hit, need) in found.items()}
+        rates = {p: consistency.rate(*counts) for p, counts in found.items()}
         out.append({"slots": c} | rates | {"sch_interval": consistency.hit_interval(*found["sch"])})
     return out
 
