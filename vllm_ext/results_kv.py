@@ -88,6 +88,9 @@ def kv_kernel_table(record: Record) -> str:
          f"{k['bytes_per_s'] / 1e9:.0f}", f"{k['of_floor']:.0%}"]
         for k in found["kernels"]
     ]  # fmt: skip
+    for step in found.get("r_kv_evictions", []):
+        many = f"{step['requests']} requests evict" if step["requests"] > 1 else "a request evicts"
+        rows.append([f"a whole step in which {many} (r_kv)", "", f"{step['seconds'] * 1e6:.0f}", "", "", ""])
     return table(("kernel", "resident tokens", "us", "MiB that must move", "GB/s", "of its floor"), rows)
 
 

@@ -93,12 +93,13 @@ def test_bad_input(arguments, word, assert_refused):
     assert_refused(["bench", "decode", *arguments], word)
 
 
-def test_kernels_need_cuda(monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [["kernels", "--case", "1x1024"], ["kv-kernels"]])
+def test_kernels_need_cuda(arguments, monkeypatch, capsys):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is present")
-    monkeypatch.setattr(sys, "argv", ["vllm-ext", "bench", "kernels", "--case", "1x1024"])
+    monkeypatch.setattr(sys, "argv", ["vllm-ext", "bench", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2

@@ -99,6 +99,9 @@ def test_the_table_of_kernels() -> None:
     kernel = {"kernel": "select", "tokens": 1280, "seconds": 2e-5, "bytes": 1 << 20, "bytes_per_s": 5e10}
     kernel["of_floor"] = 0.5
     title, make = KINDS["bench kv kernels"]
-    data = {"results": [{"copy_bandwidth": 2.5e12, "kernels": [kernel]}]}
+    step = {"requests": 16, "seconds": 1.5e-3, "host_seconds": 1e-3}
+    data = {"results": [{"copy_bandwidth": 2.5e12, "kernels": [kernel], "r_kv_evictions": [step]}]}
     assert "2.50 TB/s" in title(data)
-    assert make(data).splitlines()[-1] == "| select | 1280 | 20.0 | 1.0 | 50 | 50% |"
+    *_, row, last = make(data).splitlines()
+    assert row == "| select | 1280 | 20.0 | 1.0 | 50 | 50% |"
+    assert last == "| a whole step in which 16 requests evict (r_kv) |  | 1500 |  |  |  |"

@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Speed beside stock vLLM, with spread and the byte floor.", no_args_is_help=True)
     bench.command("decode")(decode)
     bench.command("kernels")(kernels)
+    bench.command("kv-kernels")(kv_kernels)
     bench.command("spec")(bench_spec_cmd.spec)
     bench.command("cost-table")(bench_cost_cmd.cost_table)
     bench.command("verify")(bench_cost_cmd.verify)
@@ -128,3 +129,21 @@ def kernels(
     Console(width=140).print(report.kernel_table(results))
     if failed := [r["case"] for r in results if "failed" in r]:
         raise ConfigError(f"--case {', '.join(failed)} failed; the table names the kernel and the reason.")
+
+
+def kv_kernels(
+    out: Annotated[Path | None, opt.folder_for("kv-kernels.json")] = None,
+    commit: opt.Commit = None,
+) -> None:
+    """Each kernel of the eviction engine against its floor, and r_kv's whole evictions; needs CUDA."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from vllm_ext import records
+    from vllm_ext.bench.kv_kernels import run
+    from vllm_ext.results_kv import kv_kernel_table
+
+    record = records.record("bench kv kernels", run(), commit=commit)
+    Console(width=140).print(Markdown(kv_kernel_table(record)))
+    if out is not None:
+        records.save(record, out / "kv-kernels.json")
