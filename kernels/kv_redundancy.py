@@ -16,9 +16,8 @@ from vllm_ext.kernels.kv_compact import LayerCaches, _cache_of
 
 SPAN = 6
 """Tiles that are compared between two looks at what is still open."""
-PLAN, WIDE_PLAN = (128, 64, 8, 2), (64, 64, 4, 2)
-"""Tokens of a program, tokens of a tile, warps, stages. Registers are limited so that two programs share an SM. Wide:
-keys of more than 256 bytes, fp32."""
+PLAN, WIDE_PLAN = (128, 64, 8, 3), (64, 64, 4, 2)
+"""Tokens of a program, tokens of a tile, warps, stages: two programs an SM. Wide: keys of more than 256 bytes, fp32."""
 EPSILON = tl.constexpr(1e-12)
 
 
@@ -53,11 +52,12 @@ def _newest_alike(
     at, keys, row, inverses, mine, n, k_page, k_tok, threshold, P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     TM: tl.constexpr, TN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Newest other token whose cosine to each of `mine`, with keys `at`, is above the threshold; -1 = none."""
+    """1 + newest other token whose cosine to each of `mine`, with keys `at`, is above the threshold; 0 = none."""
     rd = tl.arange(0, DP)
     a = tl.load(keys + at[:, None] + rd[None, :], mask=(mine < n)[:, None] & (rd < D)[None, :], other=0.0)
     limit = threshold / tl.load(inverses + mine, mask=mine < n, other=1.0)
-    newest = tl.full([TM], -1, tl.int32)
+    # not -1 for none: Triton 3.6 takes a carried int32 constant below zero for unsigned in comparisons, and as unchanged
+    newest = tl.zeros([TM], tl.int32)
     left = tl.cdiv(n, TN)
     while left > 0:
         to = _places(row, (left - 1) * TN + tl.arange(0, TN), n, k_page, k_tok, P)
@@ -66,14 +66,12 @@ def _newest_alike(
             ok = (other >= 0) & (other < n)
             b = tl.load(keys + to[None, :] + rd[:, None], mask=ok[None, :] & (rd < D)[:, None], other=0.0)
             to = _places(row, other - TN, n, k_page, k_tok, P)  # of the next tile: its keys need not wait for them
-            theirs = tl.load(inverses + other, mask=ok, other=0.0)
+            theirs = tl.load(inverses + other, mask=ok, other=float("nan"))  # above no limit
             cosine = tl.dot(a, b, input_precision="ieee") * theirs[None, :]
-            hit = (tl.max(cosine, 1) > limit) & (newest < 0)
-            if tl.max(hit.to(tl.int32), 0) > 0:  # most tiles hold nothing alike: two operations a pair instead of five
-                alike = (cosine > limit[:, None]) & ok[None, :] & (other[None, :] != mine[:, None])
-                here = tl.max(tl.where(alike, other[None, :], -1), 1)
-                newest = tl.where(newest < 0, here, newest)
-        still = tl.max(((newest < 0) & (mine < n)).to(tl.int32), 0)
+            alike = (cosine > limit[:, None]) & (other[None, :] != mine[:, None])
+            here = tl.max(tl.where(alike, other[None, :] + 1, 0), 1)
+            newest = tl.where(newest == 0, here, newest)
+        still = tl.max(((newest == 0) & (mine < n)).to(tl.int32), 0)
         left = tl.where(still > 0, left - SPAN, 0)
     return newest
 
@@ -95,8 +93,8 @@ def _mean_cosine(
     theirs = tl.zeros([TM], tl.float32)
     if RECENT:
         newest = _newest_alike(at, keys, row, inverses, mine, n, k_page, k_tok, threshold, P, D, DP, TM, TN, SPAN)
-        to = _places(row, tl.maximum(newest, 0), n, k_page, k_tok, P)
-        theirs = tl.load(inverses + newest, mask=newest >= 0, other=0.0)  # none: nothing is left out
+        to = _places(row, tl.maximum(newest - 1, 0), n, k_page, k_tok, P)
+        theirs = tl.load(inverses + newest - 1, mask=newest > 0, other=0.0)  # none: nothing is left out
     total = tl.zeros([TM], tl.float32)
     own = tl.zeros([TM], tl.float32)
     left_out = tl.zeros([TM], tl.float32)
@@ -137,12 +135,11 @@ def redundancy(
     make = {"dtype": torch.float32, "device": keys.like.device}
     inverse, out = torch.empty(entries, heads, n, **make), torch.empty(entries, heads, n, **make)
     sums = torch.empty(entries, heads, parts, width, **make)
-    limits = {"maxnreg": 65536 // (2 * 32 * warps)} if fits else {}
     numbers = (n, len(pointers), rows.stride(0), *keys.like.stride()[:3])
     sizes = {"P": page, "D": d, "DP": width, "TN": tile, "ALIGN": keys.align}
     _unit_sums[(parts, heads, entries)](pointers, keys.like, rows, inverse, sums, *numbers, **sizes, num_warps=4)
     _mean_cosine[(triton.cdiv(n, mine), heads, entries)](
         pointers, keys.like, rows, inverse, sums.sum(2), out, *numbers, threshold, RECENT=bool(recent), TM=mine,
-        SPAN=SPAN, num_warps=warps, num_stages=stages, **limits, **sizes,
+        SPAN=SPAN, num_warps=warps, num_stages=stages, **sizes,
     )  # fmt: skip
     return out.softmax(-1)

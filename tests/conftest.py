@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import keep_language
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+if os.environ.get("TRITON_INTERPRET") == "1":
+    keep_language()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -26,6 +26,7 @@ def spec_table(record: Record) -> str:
     text = table((*head, "accepted by position", "draft time", "same answers"), lines)
     notes = [f"* `{r['label']}` failed: {r['failed']}" for r in results if "failed" in r]
     notes += [_crossover(r) for r in results if any(r.get("crossover", {}).values())]
+    notes += [_skipped(r) for r in results if r.get("skipped")]
     return "\n\n".join([text, "\n".join(notes)] if notes else [text])
 
 
@@ -37,10 +38,18 @@ def _crossover(result: Record) -> str:
     return f"* `{result['label']}` is slower than no speculation: {', '.join(texts)}."
 
 
+def _skipped(result: Record) -> str:
+    """What the row's time did not suffice for."""
+    places = ", ".join(f"{load} with {batch} in flight" for load, batch in result["skipped"])
+    return f"* `{result['label']}` ran out of time before {places}."
+
+
 def _spec_cells(c: Record) -> list[str]:
     low, high = c["tokens_per_s_range"]
     speed = f"{c['tokens_per_s']:.0f}" + (f" ({low:.0f}–{high:.0f})" if len(c["seconds"]) > 1 else "")
     ratio = f"{c['ratio']:.2f}x" if "ratio" in c else NONE
+    if len(spread := c.get("ratio_range", ())) == 2 and len(c["seconds"]) > 1:
+        ratio += f" ({spread[0]:.2f}–{spread[1]:.2f})"
     same = f"{c['equal_answers']:.0%}" if "equal_answers" in c else NONE
     if not c["drafts"]:
         return [speed, ratio, "1.00", NONE, NONE, NONE, same]

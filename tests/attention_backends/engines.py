@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,22 +32,6 @@ def start(model: Path | str, plugin: dict[str, dict[str, Any]] | None = None, **
     ours = vllm_ext.engine_args(*plugin, **plugin) if plugin else {}
     with engine(model, BASE | ours | extra) as llm:
         yield llm
-
-
-def fresh_process(module: str, function: str, *args: Any, **env: str) -> Any:
-    """`module.function(*args)` of this folder in a new Python process; arguments and result are JSON."""
-    code = (
-        "import importlib, json, sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); "
-        "found = getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(*json.loads(sys.argv[4])); "
-        "print('RESULT ' + json.dumps(found), flush=True)"
-    )
-    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), module, function, json.dumps(args)]
-    full = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **env}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=full, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert found, done.stderr[-3000:]
-    return json.loads(found[-1].removeprefix("RESULT "))
 
 
 def tokens(rnd: random.Random, n: int, vocab: int = 256) -> list[int]:

@@ -14,7 +14,6 @@ from engines import (
     SPARSE,
     core,
     counters,
-    fresh_process,
     generate,
     leaked,
     outputs,
@@ -22,11 +21,13 @@ from engines import (
     tokens,
     wrong_records,
 )
+from forked import call
 from speculation import OUTPUT, repetitive_prompts
 
 pytestmark = pytest.mark.engine
 
 BOUNDARY = [n + d for n in (32, 64, 256, 512) for d in (-1, 0, 1)] + [1, 2]
+SPECULATION = Path(__file__).with_name("speculation.py")
 SAMPLING = {"temperature": 1.0, "seed": 7, "n": 4}
 
 
@@ -123,7 +124,7 @@ def test_sparse_steps_follow_the_definition(tiny_model, stock, monkeypatch, name
 @pytest.mark.parametrize("name", ["quest", "retro"])
 def test_speculation_with_room_for_all_pages_is_stock(tiny_model, stock, name: str) -> None:
     """Up to five query tokens a step, drafts rejected and overwritten, on page ends too."""
-    run = fresh_process("speculation", "run", str(tiny_model), COVERING, name)
+    run = call("v1", SPECULATION, "run", str(tiny_model), COVERING, name)
     assert run["first"] == run["again"] == stock["repetitive"]
     assert run["wrong_records"] == []
     assert run["leaked"] == 0
@@ -135,7 +136,7 @@ def test_speculation_with_room_for_all_pages_is_stock(tiny_model, stock, name: s
 @pytest.mark.parametrize("name", ["quest", "retro"])
 def test_speculation_with_sparse_lists(tiny_model, name: str) -> None:
     """One list serves the tokens of a draft; each step reads what the method defines for m queries."""
-    run = fresh_process("speculation", "run", str(tiny_model), SPARSE, name)
+    run = call("v1", SPECULATION, "run", str(tiny_model), SPARSE, name)
     assert run["wrong_records"] == []
     assert run["leaked"] == 0
     assert run["several"] > 50

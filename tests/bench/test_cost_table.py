@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import forks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "spec_decode"))
+from rule_engines import start
 
 Refused = Callable[[list[str], str], None]
 
@@ -61,9 +63,9 @@ def test_a_table_of_a_tiny_model_serves(model: Path, tmp_path: Path) -> None:
         "bench", "cost-table", str(model), "--out", str(out), "--batch", "1", "--batch", "3", "--drafts", "0",
         "--drafts", "2", "--context", "48", "--steps", "4", "--eager",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", "from vllm_ext.cli import main; main()", *arguments], capture_output=True,
-        text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    done = forks().run(
+        "import sys; sys.argv[0] = 'vllm-ext'\nfrom vllm_ext.cli import main; main()", *arguments,
+        env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     table = read_table(str(out))
@@ -77,14 +79,8 @@ def test_a_table_of_a_tiny_model_serves(model: Path, tmp_path: Path) -> None:
     plugins = {
         "suffix_automaton": {"num_speculative_tokens": 2}, "hsd": {}, "cast": {"table": str(out), "lengths": [0, 2]}
     }  # fmt: skip
-    job = {"runner": "v1", "model": str(model), "plugins": plugins, "output": 24}
-    script = Path(__file__).parents[1] / "spec_decode/rule_engines.py"
-    done = subprocess.run(
-        [sys.executable, "-P", str(script), json.dumps(job)], capture_output=True, text=True, timeout=200, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.split("RESULT ")[1])
+    found = start("v1", model, plugins, 24)
+    stock = start("v1", model, {}, 24)
     assert found["sampler"] == "vllm_ext.spec_decode.verify_v1"
     for i in (0, 2, 4):
-        assert found["rule"]["tokens"][i] == found["stock"]["tokens"][i]
+        assert found["tokens"][i] == stock["tokens"][i]

@@ -28,6 +28,8 @@ Refused = Callable[[list[str], str], None]
         (["--load", "poem"], "--load 'poem' does not exist"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
+        (["--waves", "0"], "--waves must be at least 1"),
+        (["--kv-memory", "0"], "--kv-memory must be above 0"),
         (["--resume"], "give it with --out"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--row", "suffix_automaten"], "did you mean 'suffix_automaton'"),
@@ -49,6 +51,64 @@ def test_vllms_own_methods_are_rows() -> None:
     given = {"method": "draft_model", "model": "/m/draft", "num_speculative_tokens": 3}
     assert engine_args(row.label, row.options) == {"speculative_config": given}
     assert engine_args("none", parse_spec_row("none").options) == {}
+    texts = ("none", row.label, "suffix_automaton:num_speculative_tokens=6+hsd", "suffix_automaton")
+    assert [spec.drafts(parse_spec_row(text)) for text in texts] == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize("drafts", [(0,), (0, 7), (0, 4, 8)])
+def test_every_row_captures_the_steps_of_all(drafts: tuple[int, ...]) -> None:
+    plan = SpecPlan("m", batches=(1, 6, 32), drafts=drafts)
+    sizes = plan.graph_sizes()
+    assert sizes == sorted(set(sizes))
+    assert {b * (k + 1) for b in (1, 6, 32) for k in drafts} <= set(sizes)
+    assert max(b / a for a, b in zip(sizes, sizes[1:])) <= 2.5  # little padding, also beside prompts
+    assert sizes[-1] == 1280
+    assert plan.settings()["graph_sizes"] == sizes
+    assert SpecPlan("m", eager=True).settings()["graph_sizes"] == []
+
+
+HASHES = """
+import sys
+from vllm_ext.bench import spec, spec_engine
+from vllm_ext.evaluation.engine import prepare_process
+
+prepare_process()
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+
+load_general_plugins()
+
+
+def name(row, batches, sizes):
+    "What vLLM caches the compiled model of a row under; without speculation if `row` is none."
+    given = spec_engine.engine_args(batches, sizes, 0.1, False)
+    given |= spec.engine_args(row, spec.parse_spec_row(row).options)
+    given |= {"model": sys.argv[1], "skip_tokenizer_init": True, "max_model_len": 128}
+    config = EngineArgs(**given).create_engine_config()
+    alone = config.compute_hash()
+    with spec_engine.one_compiled_model():
+        shared = config.compute_hash()
+    assert config.compute_hash() == alone
+    return shared
+
+
+draft = f"draft_model,model={sys.argv[1]},num_speculative_tokens=3"
+rows = ["none", "suffix_automaton+hsd+fixed", "vllm:" + draft, draft.replace(",", ":", 1)]
+same = {name(row, (1, 8), (1, 8 + i)) for i, row in enumerate(rows)}
+other = {name("none", (1, 4), (1, 8)), name("streaming", (1, 8), (1, 8))}
+print("RESULT", len(same), len(other), len(same & other))
+"""
+
+
+@pytest.mark.engine
+def test_rows_share_one_compiled_model(tiny_model: Path) -> None:
+    """Drafters, rules, lengths and graphs do not change its layers; the batch and an attention method may."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", HASHES, str(tiny_model)], capture_output=True, text=True, timeout=300,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("RESULT")[1].split() == ["1", "2", "0"]
 
 
 RUN = """
@@ -67,7 +127,7 @@ class Ids:
 import transformers
 transformers.AutoTokenizer.from_pretrained = lambda *a, **k: Ids()
 plan = {"model": sys.argv[1], "loads": ["agent"], "batches": [2], "requests": 3, "output": 12, "repeats": 2}
-job = {"plan": plan | {"eager": True, "max_model_len": 256}, "label": sys.argv[2]}
+job = {"plan": plan | {"eager": True, "max_model_len": 256, "kv_memory": 0.1}, "label": sys.argv[2]}
 job["options"] = spec.parse_spec_row(sys.argv[2]).options
 base = spec.engine_args
 spec.engine_args = lambda *a: {"skip_tokenizer_init": True, "dtype": "float32"} | base(*a)
@@ -90,8 +150,12 @@ def test_a_row_is_timed_and_counted(tiny_model: Path, row: str) -> None:
     found = json.loads(done.stdout.split("RESULT ")[1])
     [cell] = found["cells"]
     assert found["engine"]["model_runner"] == "v1"
-    assert cell["output_tokens"] == sum(map(len, cell["answers"])) == 2 * 8 * 12  # four times the batch
-    assert len(cell["seconds"]) == 2
+    lengths = [len(answer) for answer in cell["answers"]]
+    assert len(lengths) == 2 * 8  # repeats of four times the batch
+    assert cell["output_tokens"] == sum(lengths)
+    assert 6 <= min(lengths) < max(lengths) <= 12
+    assert len(cell["seconds"]) == len(cell["rates"]) == 2
+    assert found["skipped"] == []
     low, high = cell["tokens_per_s_range"]
     assert low <= cell["tokens_per_s"] <= high
     assert 0 < cell["draft_share"] < 1
@@ -133,7 +197,8 @@ def test_the_crossover_is_where_a_row_is_slower_from_then_on(cells: list[dict], 
 def timed(label: str, speed: float) -> dict[str, object]:
     """What a row's process returns: one cell of two answers, the second one its own."""
     answers = [[1, 2], [3, int(speed)]]
-    return {"label": label, "cells": [{"load": "chat", "batch": 1, "tokens_per_s": speed, "answers": answers}]}
+    cell = {"load": "chat", "batch": 1, "tokens_per_s": speed, "rates": [speed, speed / 2], "answers": answers}
+    return {"label": label, "cells": [cell]}
 
 
 def test_a_failing_row_stops_nothing_and_a_record_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +217,7 @@ def test_a_failing_row_stops_nothing_and_a_record_goes_on(monkeypatch: pytest.Mo
     assert [r["label"] for r in found] == [r["label"] for r in saved[2]] == ["none", "pard", "hybrid"]
     assert found[1]["failed"] == "row 'pard' took too long."
     assert found[2]["cells"][0]["ratio"] == 1.5
+    assert found[2]["cells"][0]["ratio_range"] == [1.5, 1.5]
     assert found[2]["cells"][0]["equal_answers"] == 0.5
     assert "answers" not in found[2]["cells"][0]
     ran.clear()
@@ -169,6 +235,35 @@ def test_nothing_is_kept_without_the_first_row(monkeypatch: pytest.MonkeyPatch) 
     kept = [{"label": "none", "failed": "no memory.", "cells": []}, {"label": "hybrid", "cells": []}]
     found = spec.bench_spec(SpecPlan("m"), [parse_spec_row("none"), parse_spec_row("hybrid")], kept=kept)
     assert all(len(r["cells"]) == 1 for r in found)
+
+
+def test_what_does_not_fit_into_the_time_of_a_row_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeat that has begun ends; the first row's repeats of the same prompts are what it is compared with."""
+    served: list[int] = []
+
+    def serve(llm: object, asked: spec.Asked, batch: int) -> tuple[float, list[list[int]], int]:
+        served.append(len(asked))
+        return 0.5, [[1] * most for _, most in asked], 4
+
+    class Clock:
+        count, reset, seconds = 0, staticmethod(lambda: None), staticmethod(lambda: 0.0)
+
+    monkeypatch.setattr(spec, "_serve", serve)
+    monkeypatch.setattr(spec, "_counters", lambda llm: [0, 0])
+    now = iter([10.0, 10.5, 11.5])
+    monkeypatch.setattr(spec.time, "monotonic", lambda: next(now))
+    asked = [[([1, 2], 3), ([4], 5)], [([1], 2)], [([1], 2)]]
+    cell = spec._cell(None, "chat", 2, asked, Clock(), 11.0)
+    assert served == [2, 1]
+    assert (cell["prompt_tokens"], cell["output_tokens"], cell["rates"]) == (4, 10, [16.0, 4.0])
+    now = iter([11.5])
+    assert spec._cell(None, "chat", 2, asked, Clock(), 11.0) is None
+    whole, part = timed("none", 100.0), timed("hybrid", 150.0)
+    part["cells"][0] |= {"rates": [150.0], "answers": [[1, 2]]}
+    spec._compare(whole, whole)
+    spec._compare(part, whole)
+    assert part["cells"][0]["ratio"] == 1.5
+    assert part["cells"][0]["equal_answers"] == 1.0
 
 
 def hang(job: dict) -> None:
@@ -195,8 +290,9 @@ def test_records_become_tables(tmp_path: Path) -> None:
         {
             "label": "ngram",
             "engine": engine,
-            "cells": [cell(1, 150.0, **drafted), cell(8, 97.0, **drafted)],
+            "cells": [cell(1, 150.0, **drafted), cell(8, 97.0, ratio_range=[0.9, 1.02], **drafted)],
             "crossover": {"chat": 8},
+            "skipped": [["agent", 1], ["agent", 8]],
         },
         {"label": "vllm:suffix", "failed": "no such package.", "cells": []},
     ]
@@ -210,8 +306,9 @@ def test_records_become_tables(tmp_path: Path) -> None:
     text = results.tables(tmp_path, tmp_path)
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["chat", "1", "none", "100 (99–101)", "1.00x", "1.00", "–", "–", "–", "100%"] in lines
-    assert ["chat", "8", "`ngram`", "97 (96–98)", "0.97x", "1.50", "1.75", ".50 .25 .00", "3.1%", "100%"] in lines
+    assert ["chat", "8", "`ngram`", "97 (96–98)", "0.97x (0.90–1.02)", "1.50", "1.75", ".50 .25 .00", "3.1%", "100%"] in lines
     assert ["1", "64", "1.00 (0.90–1.10)", "1.50 (1.40–1.60)"] in lines
     assert "* `vllm:suffix` failed: no such package." in text
     assert "* `ngram` is slower than no speculation: chat from 8 in flight on (0.25 drafts a step)." in text
+    assert "* `ngram` ran out of time before agent with 1 in flight, agent with 8 in flight." in text
     assert "Speculation, tiny, greedy, 2 repeats (model runner V2, CUDA graphs)" in text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import forks
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +37,12 @@ def model_dir(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(LLAMA))
     return path
+
+
+@pytest.fixture
+def forked() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in a fork of a process that has imported vLLM and nothing of vllm_ext."""
+    return forks().run
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def test_console_script_turns_an_error_into_code_2() -> None:
     assert done.stderr == "vllm-ext: unknown plugin 'qest'; did you mean 'quest'?\n"
 
 
-def test_doctor_is_well_here() -> None:
-    done = subprocess.run([SCRIPT, "doctor", "--json"], capture_output=True, text=True, timeout=300, check=False)
+def test_doctor_is_well_here(forked: Callable[..., Any]) -> None:
+    done = forked("import sys; sys.argv[0] = 'vllm-ext'; from vllm_ext.cli import main; main()", "doctor", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 0, report
     assert report["versions"]["torch"]

@@ -43,7 +43,7 @@ def test_glue_imports_neither_torch_nor_vllm(python: Callable[..., Any]) -> None
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_inert_until_asked(python: Callable[..., Any], model_dir: Path) -> None:
+def test_inert_until_asked(forked: Callable[..., Any], model_dir: Path) -> None:
     code = """
 import sys
 from vllm.plugins import load_general_plugins
@@ -60,7 +60,7 @@ with set_current_vllm_config(config):
     print(backend.__name__, config.additional_config, config.attention_config.backend)
 print(sorted(m for m in sys.modules if m.startswith("vllm_ext.")))
 """
-    done = python(code, model_dir)
+    done = forked(code, model_dir)
     assert "CPUAttentionBackend {} None" in done.stdout, done.stderr
     loaded = done.stdout.strip().splitlines()[-1]
     assert "vllm_ext.plugin" in loaded
@@ -79,8 +79,8 @@ print(sorted(m for m in sys.modules if m.startswith("vllm_ext.")))
         ("import vllm_ext.hooks as h; h.platform_name = lambda: 'tpu'", "the platform 'tpu' is not supported"),
     ],
 )
-def test_declines_with_one_sentence_and_changes_nothing(python: Callable[..., Any], sabotage: str, reason: str) -> None:
-    done = python(
+def test_declines_with_one_sentence_and_changes_nothing(forked: Callable[..., Any], sabotage: str, reason: str) -> None:
+    done = forked(
         f"{PRELUDE}\n{sabotage}\nplugin.register(); plugin.register()\n"
         "assert plugin.state() == 'declined'\nassert snapshot() == before\nprint(said)"
     )
@@ -90,7 +90,7 @@ def test_declines_with_one_sentence_and_changes_nothing(python: Callable[..., An
     assert said.count("vllm-ext is off and vLLM is unchanged") == 1
 
 
-def test_a_broken_catalogue_leaves_stock_serving_alone(python: Callable[..., Any], model_dir: Path) -> None:
+def test_a_broken_catalogue_leaves_stock_serving_alone(forked: Callable[..., Any], model_dir: Path) -> None:
     code = f"""{PRELUDE}
 from vllm_ext import catalogue
 from vllm_ext.options import ConfigError
@@ -102,19 +102,21 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", {str(model_dir)!r}])
 print(EngineArgs.from_cli_args(args).create_engine_config().model_config.model)
 """
-    done = python(code)
+    done = forked(code)
     assert done.stdout.strip().endswith(str(model_dir)), done.stderr
 
 
-def test_wrong_command_line_ends_with_code_2_and_one_line(python: Callable[..., Any]) -> None:
+def test_wrong_command_line_ends_with_code_2_and_one_line(forked: Callable[..., Any]) -> None:
     for argv in (["vllm", "serve", "m", "--plugins", "qest"], ["vllm", "bench", "throughput", "--plugins", "a.yaml"]):
-        done = python(f"import sys; sys.argv[:] = {argv!r}\nfrom vllm_ext import plugin\nplugin.register()")
+        done = forked(f"import sys; sys.argv[:] = {argv!r}\nfrom vllm_ext import plugin\nplugin.register()")
         lines = [line for line in done.stderr.splitlines() if line.startswith("vllm-ext: ")]
         assert (done.returncode, len(lines)) == (2, 1), done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_our_backend_name_survives_a_spawned_process(python: Callable[..., Any], tmp_path: Path) -> None:
+def test_our_backend_name_survives_a_spawned_process(
+    python: Callable[..., Any], forked: Callable[..., Any], tmp_path: Path
+) -> None:
     vllm_ext.engine_args("quest")
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -127,7 +129,7 @@ def test_our_backend_name_survives_a_spawned_process(python: Callable[..., Any],
     # the fault that this mends: stock Enum pickling of a member that the reader has not registered
     function, arguments = member.__reduce_ex__(2)
     path.write_bytes(pickle.dumps((function, arguments)))
-    assert "is not a valid" in python(read + "read[0](*read[1])").stderr
+    assert "is not a valid" in forked(read + "read[0](*read[1])").stderr
     assert pickle.loads(pickle.dumps(member)) is member
 
 
@@ -146,7 +148,7 @@ def engine_config(model: Any, **kwargs: Any) -> Any:
 
 
 def test_banner_is_printed_once_and_not_by_a_reader_of_the_config(
-    model_dir: Path, heard: list[str], python: Callable[..., Any], tmp_path: Path
+    model_dir: Path, heard: list[str], forked: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = engine_config(model_dir, **vllm_ext.engine_args("quest", quest={"budget": 256, "dense_layers": [3]}))
     banners = [text for text in heard if text.startswith("vllm-ext 0")]
@@ -156,7 +158,7 @@ def test_banner_is_printed_once_and_not_by_a_reader_of_the_config(
     assert config.cache_config.block_size == 64
     path = tmp_path / "config"
     path.write_bytes(pickle.dumps(config))
-    done = python(
+    done = forked(
         f"import pickle; c = pickle.load(open({str(path)!r}, 'rb'))\n"
         "print(c.attention_config.backend.name, c.additional_config)"
     )

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,28 +17,11 @@ from vllm_ext.models import tiny_llama
 from vllm_ext.serving import Server
 
 VLLM = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+SERVE = "import sys; sys.argv[:1] = ['vllm', 'serve']; from vllm.entrypoints.cli.main import main; main()"
 
 
-@pytest.mark.parametrize(
-    ("model", "tokens", "sentence"),
-    [
-        ("/no/such/model", ["--plugins", "quest"], "model directory '/no/such/model' does not exist"),
-        (
-            None,
-            ["--plugins", "quest", "--additional-config.vllm_ext.quest.dense_layers=[7]"],
-            "quest.dense_layers names",
-        ),
-        (None, ["--plugins=quest", "--attention-backend", "CPU_ATTN"], "--attention-backend CPU_ATTN conflicts with"),
-    ],
-)
-def test_one_sentence_and_code_2(model_dir: Path, model: str | None, tokens: list[str], sentence: str) -> None:
-    done = subprocess.run(
-        [*VLLM, model or str(model_dir), "--skip-tokenizer-init", *tokens],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def assert_refused(done: subprocess.CompletedProcess[str], sentence: str) -> None:
+    """Exit code 2 and one line of ours, before anything is loaded."""
     errors = [line for line in done.stderr.splitlines() if line.startswith("vllm-ext: ")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1
@@ -45,8 +30,27 @@ def test_one_sentence_and_code_2(model_dir: Path, model: str | None, tokens: lis
     assert "Loading" not in done.stdout
 
 
-def test_help_describes_the_flag() -> None:
-    done = subprocess.run([*VLLM, "--help=plugins"], capture_output=True, text=True, timeout=300, check=False)
+def test_one_sentence_and_code_2_of_the_command() -> None:
+    command = [*VLLM, "/no/such/model", "--skip-tokenizer-init", "--plugins", "quest"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert_refused(done, "model directory '/no/such/model' does not exist")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        (["--plugins", "quest", "--additional-config.vllm_ext.quest.dense_layers=[7]"], "quest.dense_layers names"),
+        (["--plugins=quest", "--attention-backend", "CPU_ATTN"], "--attention-backend CPU_ATTN conflicts with"),
+    ],
+)
+def test_one_sentence_and_code_2(
+    forked: Callable[..., Any], model_dir: Path, tokens: list[str], sentence: str
+) -> None:
+    assert_refused(forked(SERVE, model_dir, "--skip-tokenizer-init", *tokens), sentence)
+
+
+def test_help_describes_the_flag(forked: Callable[..., Any]) -> None:
+    done = forked(SERVE, "--help=plugins")
     assert done.returncode == 0
     for text in ("Plugins:", "--plugins [NAMES ...]", "quest", "vllm-ext list"):
         assert text in done.stdout

@@ -80,8 +80,6 @@ def compile_one(item):
     attributes = {(at[a],): [["tt.divisibility", 16]] for a, t in signature.items() if t[0] == "*" or a in aligned}
     source = ASTSource(fn, signature, constexprs={(at[k],): v for k, v in constants.items()}, attrs=attributes)
     options = {"num_warps": warps, "num_stages": 2 if module == "kv_window_score" else 3}
-    if function == "_mean_cosine":
-        options |= {"num_stages": 2} | ({"maxnreg": 128} if warps == 8 else {})
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])

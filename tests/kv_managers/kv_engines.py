@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "attention_backends"))
 
-from engines import core, fresh_process, generate, groups, layers, leaked, outputs, pool, runner, start, tokens  # noqa: F401
+from engines import core, generate, groups, layers, leaked, outputs, pool, runner, start, tokens  # noqa: F401
 
 SMALL = {"budget": 64, "window": 16}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kv_engines import compactor, fresh_process, generate, start, tokens
+from forked import call
+from kv_engines import compactor, generate, start, tokens
 
 pytestmark = pytest.mark.engine
 
@@ -21,9 +22,7 @@ PLUGINS = {
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path) -> dict[str, Any]:
-    return fresh_process(
-        "kv_on_v2", "run", str(tiny_model), PLUGINS, LENGTHS, OUTPUT, PYTHONPATH=str(Path(__file__).parent)
-    )
+    return call("v2", Path(__file__).with_name("kv_on_v2.py"), "run", str(tiny_model), PLUGINS, LENGTHS, OUTPUT)
 
 
 def test_runs_under_the_new_runner(run: dict[str, Any]) -> None:

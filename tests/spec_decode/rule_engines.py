@@ -1,12 +1,7 @@
-"""An engine without speculation and one with drafter and rule, same requests, in a process of its own. Only for tests.
-
-python -P rule_engines.py JSON     {"runner": "v1" | "v2", "model": DIR, "plugins": {...}, "output": tokens}
-"""
+"""An engine with a drafter and a rule, or without speculation, in a process of its own. Only for tests."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +27,12 @@ def requests(output: int, seeded: bool) -> tuple[list[dict[str, Any]], list[Any]
     return prompts, params
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of both engines, and what was drafted and accepted."""
+def run(runner: str, model: str, plugins: dict[str, Any], output: int) -> dict[str, Any]:
+    """Tokens of an engine, and with plugins what was drafted and accepted; `output` is in tokens."""
+    if runner == "v2":
+        from spec_engines import use_v2
+
+        use_v2()
     import vllm_ext
     from vllm_ext.evaluation.engine import engine
 
@@ -42,28 +41,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "dtype": "float32", "skip_tokenizer_init": True, "disable_log_stats": False,
     }  # fmt: skip
     # vLLM cannot take a seeded request through a chunked prefill under V1 on a CPU
-    prompts, params = requests(job["output"], seeded=job["runner"] == "v2")
-    found: dict[str, Any] = {}
-    for name, plugins in (("stock", {}), ("rule", job["plugins"])):
-        extra = vllm_ext.engine_args(*plugins, **plugins) if plugins else {}
-        with engine(job["model"], base | extra) as llm:
-            runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-            out = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
-            found[name] = {"tokens": out, "runner": type(runner).__module__}
-            if plugins:
-                counters = {m.name.removeprefix("vllm:spec_decode_"): getattr(m, "value", 0) for m in llm.get_metrics()}
-                found |= {k: counters[k] for k in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")}
-                found["sampler"] = type(runner.rejection_sampler).__module__
+    prompts, params = requests(output, seeded=runner == "v2")
+    extra = vllm_ext.engine_args(*plugins, **plugins) if plugins else {}
+    with engine(model, base | extra) as llm:
+        running = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        tokens = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
+        found = {"tokens": tokens, "runner": type(running).__module__}
+        if plugins:
+            counters = {m.name.removeprefix("vllm:spec_decode_"): getattr(m, "value", 0) for m in llm.get_metrics()}
+            found |= {k: counters[k] for k in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")}
+            found["sampler"] = type(running.rejection_sampler).__module__
     return found
 
 
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if given["runner"] == "v2" else "0"
-    if given["runner"] == "v2":
-        from spec_engines import use_v2
+def start(runner: str, model: Path, plugins: dict[str, Any], output: int) -> dict[str, Any]:
+    """`run` in a process of its own."""
+    from forked import call
 
-        use_v2()  # before vLLM
-    else:
-        os.environ.pop("TRITON_INTERPRET", None)
-    print("RESULT " + json.dumps(run(given)))
+    env = {"TRITON_INTERPRET": None} if runner == "v1" else {}
+    return call(runner, Path(__file__), "run", runner, str(model), plugins, output, **env)

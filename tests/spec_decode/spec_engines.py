@@ -1,4 +1,4 @@
-"""Engines for the tests of speculation, each set in a process of its own (see `fresh_process`).
+"""Engines for the tests of speculation, each set in a process of its own (see `forked`).
 
 Under vLLM 0.32 on CPUs no second engine starts in a process in which numba has been imported; a stock one may come
 first.
@@ -6,12 +6,10 @@ first.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "attention_backends"))
@@ -23,34 +21,10 @@ BASE = {
 
 
 def use_v2(overflow_checks: bool = True) -> None:
-    """Model runner V2 in Triton's interpreter, which must also take integer masks, as the compiler does.
+    """Model runner V2 in Triton's interpreter."""
+    import v2_on_cpu
 
-    The interpreter replaces the functions of `triton.language` in every call of every kernel and function, about a
-    quarter of its time in rejection sampling; here they stay replaced. Its overflow checks are another quarter.
-    """
-    import v2_on_cpu  # noqa: F401
-    from triton.runtime import interpreter
-
-    replace, replaced = interpreter._patch_lang, set()
-
-    def replace_once(fn: Any) -> Any:
-        if id(fn.__globals__) not in replaced:
-            replace(fn)
-            replaced.add(id(fn.__globals__))
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = replace_once
-    options = interpreter.interpreter_builder.options
-    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=overflow_checks)
-
-    builder = interpreter.InterpreterBuilder
-    store = builder.create_masked_store
-
-    def masked_store(self: Any, pointer: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
-        return store(self, pointer, value, mask, *rest)
-
-    builder.create_masked_store = masked_store
+    v2_on_cpu.tune_interpreter(overflow_checks)
 
 
 def repetitive(count: int, vocab: int = 200) -> list[list[int]]:
@@ -131,14 +105,14 @@ def answers(
 ) -> dict[str, Any]:
     """Seven prompts twice, with plugins or without."""
     if runner == "v2":
-        use_v2()
+        use_v2(overflow_checks=plugins is not None)
     return serve(model, repetitive(7), plugins, sampling, **extra)
 
 
 def real(model: str, runner: str, plugins: dict[str, Any], count: int, prompt: int, output: int) -> dict[str, Any]:
     """The first `prompt` tokens of the benchmark's prompts, `count` of them, without and with plugins, in fp32."""
     if runner == "v2":
-        use_v2()
+        use_v2(overflow_checks=False)
     from transformers import AutoTokenizer
 
     from vllm_ext.bench.spec_loads import prompts

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from noisy_model import noisy_copy
+from rule_engines import start
 
 OUTPUT = 24
 
@@ -28,47 +27,43 @@ def draft(model: Path) -> Path:
     return noisy_copy(model)
 
 
-def run(runner: str, model: Path, plugins: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    job = {"runner": runner, "model": str(model), "plugins": plugins, "output": OUTPUT}
-    script = Path(__file__).with_name("rule_engines.py")
-    done = subprocess.run(
-        [sys.executable, "-P", str(script), json.dumps(job)], capture_output=True, text=True, timeout=400, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT ")[1])
+@pytest.fixture(scope="module")
+def stock(model: Path) -> Callable[[str], Any]:
+    """Runner -> answers without speculation, once a runner."""
+    return functools.cache(lambda runner: start(runner, model, {}, OUTPUT)["tokens"])
 
 
-def check(found: dict[str, Any], runner: str, greedy: bool = True) -> None:
+def check(found: dict[str, Any], runner: str, stock: list[list[int]] | None) -> None:
+    """Greedy requests answer as `stock` does, where it is given."""
     assert found["sampler"] == f"vllm_ext.spec_decode.verify_{runner}"
-    assert found["rule"]["runner"].endswith("_model_runner") == (runner == "v1")  # V2: worker.cpu.model_runner
+    assert found["runner"].endswith("_model_runner") == (runner == "v1")  # V2: worker.cpu.model_runner
     assert found["num_draft_tokens"] > 0
-    assert all(len(t) == OUTPUT for t in found["rule"]["tokens"])
-    if greedy:
-        for i in (0, 2, 4):
-            assert found["rule"]["tokens"][i] == found["stock"]["tokens"][i]
+    assert all(len(t) == OUTPUT for t in found["tokens"])
+    for i in (0, 2, 4):
+        assert stock is None or found["tokens"][i] == stock[i]
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("rule", ["hsd", "fly"])
-def test_lookup_drafts_on_v1(model: Path, rule: str) -> None:
+def test_lookup_drafts_on_v1(model: Path, stock: Callable[[str], Any], rule: str) -> None:
     """FLy with the largest threshold forgives nothing. A random model repeats nothing, so drafts are rejected here."""
     options = {"theta": 1.0, "window": 2} if rule == "fly" else {}
-    check(run("v1", model, {"suffix_automaton": {"num_speculative_tokens": 4}, rule: options}), "v1")
+    plugins = {"suffix_automaton": {"num_speculative_tokens": 4}, rule: options}
+    check(start("v1", model, plugins, OUTPUT), "v1", stock("v1"))
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("rule", ["hsd", "cactus"])
-def test_sampled_drafts_on_v2(model: Path, draft: Path, rule: str) -> None:
+def test_sampled_drafts_on_v2(model: Path, draft: Path, stock: Callable[[str], Any], rule: str) -> None:
     drafter = {"model": str(draft), "num_speculative_tokens": 3, "sampling": "probabilistic"}
-    found = run("v2", model, {"draft_model": drafter, rule: {}})
-    check(found, "v2")
+    found = start("v2", model, {"draft_model": drafter, rule: {}}, OUTPUT)
+    check(found, "v2", stock("v2"))
     assert 0 < found["num_accepted_tokens"] < found["num_draft_tokens"]
 
 
 @pytest.mark.engine
 def test_fly_without_a_threshold_keeps_everything_on_v2(model: Path, draft: Path) -> None:
     drafter = {"model": str(draft), "num_speculative_tokens": 4}
-    found = run("v2", model, {"draft_model": drafter, "fly": {"theta": 0.0, "window": 0}})
-    check(found, "v2", greedy=False)
+    found = start("v2", model, {"draft_model": drafter, "fly": {"theta": 0.0, "window": 0}}, OUTPUT)
+    check(found, "v2", None)
     assert found["num_accepted_tokens"] >= 0.9 * found["num_draft_tokens"]  # all but the last step of a request

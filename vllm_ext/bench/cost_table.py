@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ext.bench import spec_engine
 from vllm_ext.evaluation.rows import Row, parse_row
 from vllm_ext.options import ConfigError
 
@@ -29,7 +30,8 @@ class CostPlan:
         drafter: the drafter's row, e.g. `suffix_automaton`.
         batches, drafts, contexts: the axes; drafts start at 0.
         steps: timed steps of a cell.
-        eager, memory: of the engine.
+        eager: of the engine.
+        kv_memory: GiB of the KV pool.
     """
 
     model: str
@@ -39,7 +41,7 @@ class CostPlan:
     contexts: tuple[int, ...] = (512,)
     steps: int = 16
     eager: bool = False
-    memory: float = 0.6
+    kv_memory: float = 8.0
 
     def row(self) -> Row:
         """The engine's plugins: the drafter, and fixed lengths that are switched from outside.
@@ -82,21 +84,23 @@ def measure(plan: CostPlan, advance: Callable[[str, int, int], None] = lambda *_
 
     row = plan.row()
     prepare_process()
-    arguments = {
-        "max_model_len": plan.contexts[-1] + plan.output,
-        "max_num_seqs": plan.batches[-1],
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "enforce_eager": plan.eager,
-        "gpu_memory_utilization": plan.memory,
-        "disable_log_stats": False,
-    } | row.engine_args()
-    with engine(plan.model, arguments) as llm:
+    sizes = spec_engine.graph_sizes(plan.batches, [spec_engine.drafts(row)])
+    arguments = spec_engine.engine_args(plan.batches, sizes, plan.kv_memory, plan.eager)
+    arguments |= {"max_model_len": _model_length(plan), "skip_tokenizer_init": True} | row.engine_args()
+    with spec_engine.one_compiled_model(), engine(plan.model, arguments) as llm:
         cells = [[_cells(llm, plan, c, b, advance) for b in plan.batches] for c in plan.contexts]
         about = _about(llm, plan)
     pick = {name: [[[cell[name] for cell in b] for b in c] for c in cells] for name in ("seconds", "iqr", "drafted")}
     axes = {"batch": list(plan.batches), "drafts": list(plan.drafts), "context": list(plan.contexts)}
     return about | axes | pick
+
+
+def _model_length(plan: CostPlan) -> int:
+    """As in `bench spec`, which then finds the same compiled model, if that is enough and the model takes so much."""
+    from vllm_ext.evaluation.engine import check_model
+
+    need, most = plan.contexts[-1] + plan.output, check_model(plan.model).get("max_position_embeddings", 0)
+    return spec_engine.MODEL_LENGTH if need <= spec_engine.MODEL_LENGTH <= most else need
 
 
 def _about(llm: Any, plan: CostPlan) -> dict[str, Any]:

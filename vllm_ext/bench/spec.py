@@ -1,7 +1,9 @@
 """Speculation on real prompts: output tokens a second, acceptance and the drafter's share, beside stock vLLM.
 
 Greedy. A batch of B means that B requests are in flight until the prompts of the load run out. Every row serves the
-same prompts with an engine in a process of its own; the first row does not speculate.
+same prompts with an engine in a process of its own; the first row does not speculate. Answers end after different
+numbers of tokens: if all were equally long, the first row's requests would begin together again and again, with their
+prompts in a few large steps, while those of a speculating row begin one by one.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ext.bench import spec_engine
 from vllm_ext.bench.spec_loads import LOADS, prompts
 from vllm_ext.evaluation.rows import Row, parse_row
 from vllm_ext.options import ConfigError
 
 STOCK = "vllm:"
+GRACE = 60.0
+"""Seconds beyond a row's limit after which its process is ended: the cell that it is in may take as long."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,14 @@ class SpecPlan:
         model: directory of the target model.
         loads: names of `spec_loads.LOADS`, served one after the other.
         batches: requests in flight.
-        requests: prompts of a load, for each batch; at least four times the batch, so that most steps are full.
-        output: most tokens of an answer.
+        requests: prompts of a load, for each batch; at least `waves` times the batch, so that most steps are full.
+        waves: see `requests`.
+        output: most tokens of an answer; each request's own most is between half of it and all of it.
         repeats: how often each load is timed, with other prompts each time; the median counts, the range is kept.
-        eager, memory, max_model_len: of the engine.
-        limit: seconds that a row may take, its start included; one that hangs does not stop the others.
+        eager, max_model_len: of the engine.
+        kv_memory: GiB of the KV pool.
+        drafts: most drafts of each row, which CUDA graphs are captured for in the engines of all of them.
+        limit: seconds of a row, its start included: no repeat begins later. One that hangs does not stop the others.
         seed: of the prompts.
     """
 
@@ -43,11 +52,13 @@ class SpecPlan:
     loads: tuple[str, ...] = tuple(LOADS)
     batches: tuple[int, ...] = (1, 8, 32)
     requests: int = 16
+    waves: int = 4
     output: int = 192
     repeats: int = 3
     eager: bool = False
-    memory: float = 0.6
-    max_model_len: int = 4096
+    kv_memory: float = 8.0
+    max_model_len: int = spec_engine.MODEL_LENGTH
+    drafts: tuple[int, ...] = ()
     limit: float = 1800.0
     seed: int = 0
 
@@ -56,11 +67,23 @@ class SpecPlan:
         for load in self.loads:
             if load not in LOADS:
                 raise ConfigError(f"--load '{load}' does not exist; known: {', '.join(LOADS)}.")
-        for name in ("requests", "output", "repeats", "limit"):
+        for name in ("requests", "waves", "output", "repeats", "limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.kv_memory <= 0:
+            raise ConfigError(f"--kv-memory must be above 0 GiB, got {self.kv_memory:g}.")
         if not self.batches or min(self.batches) < 1:
             raise ConfigError("--batch must be at least 1.")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers, for the record."""
+        chosen = dataclasses.asdict(self)
+        del chosen["limit"], chosen["drafts"]
+        return chosen | {"graph_sizes": [] if self.eager else self.graph_sizes()}
+
+    def graph_sizes(self) -> list[int]:
+        """Tokens of the steps that every row captures."""
+        return spec_engine.graph_sizes(self.batches, self.drafts)
 
 
 def engine_args(row: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +97,11 @@ def engine_args(row: str, options: dict[str, Any]) -> dict[str, Any]:
     if options["method"] == "suffix" and importlib.util.find_spec("arctic_inference") is None:
         raise ConfigError("--row vllm:suffix needs the package arctic-inference; install it or leave the row out.")
     return {"speculative_config": options}
+
+
+def drafts(row: Row) -> int:
+    """Most drafts a request and step; 0 without speculation."""
+    return row.options.get("num_speculative_tokens", 0) if row.label.startswith(STOCK) else spec_engine.drafts(row)
 
 
 def parse_spec_row(text: str) -> Row:
@@ -115,7 +143,7 @@ def bench_spec(
     for row in [row for row in rows if row.label not in known]:
         job = {"plan": dataclasses.asdict(plan), "label": row.label, "options": row.options}
         try:
-            result = fresh_process("vllm_ext.bench.spec:run_job", job, plan.limit)
+            result = fresh_process("vllm_ext.bench.spec:run_job", job, plan.limit + GRACE)
         except ConfigError as error:
             result = {"label": row.label, "failed": str(error), "cells": []}
         results.append(result)
@@ -135,58 +163,71 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     plan = SpecPlan(**given)
     prepare_process()
     began = time.monotonic()
-    arguments = {
-        "max_model_len": plan.max_model_len,
-        "max_num_seqs": max(plan.batches),
-        "gpu_memory_utilization": plan.memory,
-        "enforce_eager": plan.eager,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-        "seed": plan.seed,
-    } | engine_args(job["label"], job["options"])
+    arguments = {"max_model_len": plan.max_model_len, "seed": plan.seed}
+    arguments |= spec_engine.engine_args(plan.batches, plan.graph_sizes(), plan.kv_memory, plan.eager)
+    arguments |= engine_args(job["label"], job["options"])
     tokenizer = AutoTokenizer.from_pretrained(plan.model)
-    with engine(plan.model, arguments) as llm:
+    with spec_engine.one_compiled_model(), engine(plan.model, arguments) as llm:
         result = {"label": job["label"], "options": job["options"], "engine": describe(llm)}
         result["engine"]["start_s"] = round(time.monotonic() - began, 1)
-        clock = _DraftClock(llm)
-        _serve(llm, prompts("chat", tokenizer, max(plan.batches), plan.seed + 99), max(plan.batches), 24)
-        result["cells"] = [
-            _cell(llm, plan, load, batch, _texts(plan, load, batch, tokenizer), clock)
-            for load in plan.loads
-            for batch in plan.batches
-        ]
+        clock, most = _DraftClock(llm), max(plan.batches)
+        for count, batch in ((2 * most, most), (2, 1)):
+            _serve(llm, [(text, 24) for text in prompts("mixed", tokenizer, count, plan.seed + 99)], batch)
+        result["cells"], result["skipped"] = [], []
+        for load, batch in itertools.product(plan.loads, plan.batches):
+            texts = _texts(plan, load, batch, tokenizer)
+            cell = _cell(llm, load, batch, texts, clock, began + plan.limit)
+            result["cells" if cell else "skipped"].append(cell or [load, batch])
+        result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
 
-def _texts(plan: SpecPlan, load: str, batch: int, tokenizer: Any) -> list[list[list[int]]]:
+Asked = list[tuple[list[int], int]]
+"""Prompts, each with the most tokens of its answer."""
+
+
+def _texts(plan: SpecPlan, load: str, batch: int, tokenizer: Any) -> list[Asked]:
     """Prompts of each repeat, all different: drafters that keep finished answers would find them again."""
-    seeds = [1000 * (1000 * plan.seed + batch) + repeat for repeat in range(plan.repeats)]
-    return [prompts(load, tokenizer, max(plan.requests, 4 * batch), seed) for seed in seeds]
+    asked = []
+    for repeat in range(plan.repeats):
+        seed = 1000 * (1000 * plan.seed + batch) + repeat
+        rnd = random.Random(f"{load}-{seed}-output")
+        texts = prompts(load, tokenizer, max(plan.requests, plan.waves * batch), seed)
+        asked.append([(text, rnd.randint((plan.output + 1) // 2, plan.output)) for text in texts])
+    return asked
 
 
 def _cell(
-    llm: Any, plan: SpecPlan, load: str, batch: int, texts: list[list[list[int]]], clock: _DraftClock
-) -> dict[str, Any]:
-    """Serve one load and count."""
+    llm: Any, load: str, batch: int, texts: list[Asked], clock: _DraftClock, until: float
+) -> dict[str, Any] | None:
+    """Serve one load and count; repeats that would begin after `until` are left out, None if that leaves nothing."""
     answers: list[list[int]] = []
-    seconds, rates, steps, before = [], [], 0, _counters(llm)
+    seconds: list[float] = []
+    rates: list[float] = []
+    steps, prompted, before = 0, 0, _counters(llm)
     clock.reset()
     for given in texts:
-        taken, found, count = _serve(llm, given, batch, plan.output)
+        if time.monotonic() > until:
+            break
+        taken, found, count = _serve(llm, given, batch)
         seconds.append(taken)
+        prompted += sum(len(text) for text, _ in given)
         rates.append(sum(map(len, found)) / taken)
         answers, steps = answers + found, steps + count
+    if not seconds:
+        return None
     drafts, drafted, *accepted_at = (a - b for a, b in zip(_counters(llm), before))
     accepted, tokens = sum(accepted_at), sum(map(len, answers))
     forwards = max(tokens - accepted, len(answers))  # steps of single requests: each emits what it accepts and one more
     return {
         "load": load,
         "batch": batch,
-        "prompt_tokens": sum(len(p) for given in texts for p in given),
+        "prompt_tokens": prompted,
         "output_tokens": tokens,
         "seconds": seconds,
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_range": [min(rates), max(rates)],
+        "rates": rates,
         "engine_steps": steps,
         "drafts": drafts,
         "drafted": drafted,
@@ -202,17 +243,17 @@ def _cell(
     }
 
 
-def _serve(llm: Any, texts: list[list[int]], batch: int, output: int) -> tuple[float, list[list[int]], int]:
+def _serve(llm: Any, asked: Asked, batch: int) -> tuple[float, list[list[int]], int]:
     """(seconds, answers in the order of the prompts, engine steps) with `batch` requests in flight."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=output, detokenize=False)
-    core, waiting, answers = llm.llm_engine, list(enumerate(texts)), {}
+    core, waiting, answers = llm.llm_engine, list(enumerate(asked)), {}
     active = steps = 0
     began = time.perf_counter()
     while waiting or active:
         while waiting and active < batch:
-            index, text = waiting.pop(0)
+            index, (text, most) = waiting.pop(0)
+            params = SamplingParams(temperature=0.0, max_tokens=most, detokenize=False)
             core.add_request(str(index), {"prompt_token_ids": text}, params)
             active += 1
         for done in core.step():
@@ -220,7 +261,7 @@ def _serve(llm: Any, texts: list[list[int]], batch: int, output: int) -> tuple[f
                 answers[int(done.request_id)] = list(done.outputs[0].token_ids)
                 active -= 1
         steps += 1
-    return time.perf_counter() - began, [answers[i] for i in range(len(texts))], steps
+    return time.perf_counter() - began, [answers[i] for i in range(len(asked))], steps
 
 
 def _counters(llm: Any) -> list[int]:
@@ -273,7 +314,7 @@ class _DraftClock:
 
 
 def _compare(result: dict[str, Any], first: dict[str, Any]) -> None:
-    """Speed relative to the first row, share of equal answers, and where drafting stops paying.
+    """Speed on the same prompts relative to the first row, share of equal answers, and where drafting stops paying.
 
     Answers become digests; only the first row keeps them.
     """
@@ -284,11 +325,14 @@ def _compare(result: dict[str, Any], first: dict[str, Any]) -> None:
             cell["answers"] = " ".join(digests)
         base = known.get((cell["load"], cell["batch"]))
         if base is not None:
-            cell["ratio"] = cell["tokens_per_s"] / base["tokens_per_s"]
+            same = list(zip(cell["rates"], base["rates"]))  # the same prompts
+            ratios = [a / b for a, b in same]
+            cell["ratio"] = statistics.median(a for a, _ in same) / statistics.median(b for _, b in same)
+            cell["ratio_range"] = [min(ratios), max(ratios)]
             pairs = list(zip(digests, base["answers"].split()))
             cell["equal_answers"] = sum(a == b for a, b in pairs) / len(pairs)
     if known and result is not first:
-        result["crossover"] = crossover(result["cells"])
+        result["crossover"] = crossover([c for c in result["cells"] if "ratio" in c])
 
 
 def crossover(cells: list[dict[str, Any]]) -> dict[str, int | None]:

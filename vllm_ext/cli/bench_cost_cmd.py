@@ -21,7 +21,7 @@ def cost_table(
     context: Annotated[list[int] | None, typer.Option(help="tokens a request; repeatable [default: 512]")] = None,
     steps: Annotated[int, typer.Option(help="timed steps of a cell", min=2)] = 16,
     eager: opt.Eager = False,
-    memory: opt.Memory = 0.6,
+    kv_memory: Annotated[float, typer.Option(help="GiB of the KV cache", min=0.01)] = 8.0,
     commit: opt.Commit = None,
 ) -> None:
     """Measure the step times that the length policy `cast` decides by."""
@@ -36,7 +36,7 @@ def cost_table(
     check_model(model)
     axes = {"batches": batch, "drafts": drafts, "contexts": context}
     given: dict[str, Any] = {name: tuple(axis) for name, axis in axes.items() if axis}
-    plan = CostPlan(model, drafter, steps=steps, eager=eager, memory=memory, **given)
+    plan = CostPlan(model, drafter, steps=steps, eager=eager, kv_memory=kv_memory, **given)
     plan.row()
     with bars("cost table") as advance:
         result = measure(plan, advance)

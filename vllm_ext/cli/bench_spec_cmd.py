@@ -21,12 +21,15 @@ def spec(
     ] = None,
     load: Annotated[list[str] | None, typer.Option(help="edit, summary, chat, agent, mixed; repeatable")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="requests in flight; repeatable [default: 1 8 32]")] = None,
-    requests: Annotated[int, typer.Option(help="prompts of a load; at least four times the batch")] = 16,
-    output: Annotated[int, typer.Option(help="most tokens of an answer")] = 192,
+    requests: Annotated[int, typer.Option(help="prompts of a load, at least")] = 16,
+    waves: Annotated[int, typer.Option(help="prompts of a load for each request in flight, at least")] = 4,
+    output: Annotated[int, typer.Option(help="most tokens of an answer; each has its own, from half of it on")] = 192,
     repeats: Annotated[int, typer.Option(help="times that a load is served; the median counts")] = 3,
     eager: opt.Eager = False,
-    memory: opt.Memory = 0.6,
-    limit: Annotated[float, typer.Option(help="seconds that a row may take; a later one is ended")] = 1800.0,
+    kv_memory: Annotated[float, typer.Option(help="GiB of the KV cache of every row")] = 8.0,
+    limit: Annotated[
+        float, typer.Option(help="seconds of a row, its start included; what would begin later is left out")
+    ] = 1800.0,
     out: Annotated[Path | None, opt.folder_for("spec.json")] = None,
     resume: opt.Resume = False,
     commit: opt.Commit = None,
@@ -36,26 +39,26 @@ def spec(
     from rich.table import Table
 
     from vllm_ext import records
-    from vllm_ext.bench.spec import SpecPlan, bench_spec, engine_args, parse_spec_row
+    from vllm_ext.bench.spec import SpecPlan, bench_spec, drafts, engine_args, parse_spec_row
 
+    rows = [parse_spec_row(text) for text in ["none", *(row or [])]]
+    for parsed in rows:
+        engine_args(parsed.label, parsed.options)  # a wrong plugin or option ends the command before any engine starts
     plan = SpecPlan(
         model=model,
         loads=tuple(load or ("edit", "summary", "chat", "agent")),
         batches=tuple(batch or (1, 8, 32)),
         requests=requests,
+        waves=waves,
         output=output,
         repeats=repeats,
         eager=eager,
-        memory=memory,
+        kv_memory=kv_memory,
+        drafts=tuple(sorted({drafts(parsed) for parsed in rows})),
         limit=limit,
     )
     plan.check()
-    rows = [parse_spec_row(text) for text in ["none", *(row or [])]]
-    for parsed in rows:
-        engine_args(parsed.label, parsed.options)  # a wrong plugin or option ends the command before any engine starts
-
-    settings: dict[str, Any] = {"model": model, "loads": plan.loads, "batches": plan.batches, "requests": requests}
-    settings |= {"output": output, "repeats": repeats, "eager": eager}
+    settings = plan.settings()
     kept = records.kept(out, "spec.json", settings) if resume else []
 
     def save(results: list[dict[str, Any]]) -> None:
@@ -80,6 +83,8 @@ def spec(
             )  # fmt: skip
     Console(width=150).print(table)
     for result in results:
+        for load, batch_size in result.get("skipped", []):
+            print(f"{result['label']}, {load}, {batch_size} in flight: not begun within --limit")
         for load, at in result.get("crossover", {}).items():
             where = "pays at every batch" if at is None else f"does not pay from batch {at} on"
             print(f"{result['label']}, {load}: {where}")

@@ -16,11 +16,16 @@ from vllm_ext.options import ConfigError
 def prepare_process() -> None:
     """Keep vLLM's engine core in this process (logits and step times are read there) and its log short.
 
+    Triton's own cache folder serves all engines; vLLM would give each compiled configuration an empty one, and compile
+    its kernels for 20 to 30 s again.
+
     Raises:
         ConfigError: vLLM was imported with its engine in another process.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    home = Path(os.environ.get("TRITON_HOME") or "~").expanduser()
+    os.environ.setdefault("TRITON_CACHE_DIR", str(home / ".triton" / "cache"))
     from vllm import envs
 
     if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
