@@ -68,14 +68,14 @@ class ResaStages(HostedStages):
             self.chunk = self.slots.prompt(batch)
         slots, source = self.chunk
         prior = self.priors[layer]
-        tokens = torch.arange(query.shape[0], device=query.device, dtype=batch.query_start_loc.dtype)
-        request = torch.searchsorted(batch.query_start_loc, tokens, right=True) - 1
-        request = request.clamp(max=slots.shape[0] - 1)
-        used = (batch.slot_mapping[: query.shape[0]] >= 0).float()
+        token = torch.arange(query.shape[0], device=query.device)
+        start = batch.query_start_loc[:, None]
+        # [R, T]; a product, since adding rows by index is not deterministic on a GPU
+        used = ((token >= start[:-1]) & (token < start[1:]) & (batch.slot_mapping[: len(token)] >= 0)).float()
         inherited = source < self.method.slots
         total = torch.where(inherited[:, None, None, None], prior.total[source], 0.0)
-        total = total.index_add(0, request, query.float().view(-1, *total.shape[1:]) * used[:, None, None, None])
-        count = torch.where(inherited, prior.queries[source], 0.0).index_add(0, request, used)
+        total = total + (used @ query.float().flatten(1)).view_as(total)
+        count = torch.where(inherited, prior.queries[source], 0.0) + used.sum(1)
         prior.total[slots], prior.queries[slots] = total, count
         prior.mu[slots] = (total / count.clamp(min=1)[:, None, None, None]).to(prior.mu.dtype)
         enough = (count >= self.method.min_queries) & (slots < self.method.slots)

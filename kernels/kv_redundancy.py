@@ -56,7 +56,7 @@ def _newest_alike(
     rd = tl.arange(0, DP)
     a = tl.load(keys + at[:, None] + rd[None, :], mask=(mine < n)[:, None] & (rd < D)[None, :], other=0.0)
     limit = threshold / tl.load(inverses + mine, mask=mine < n, other=1.0)
-    # not -1 for none: Triton 3.6 takes a carried int32 constant below zero for unsigned in comparisons, and as unchanged
+    # not -1 for none: of a carried int32 constant below zero, Triton 3.6 takes `< 0` for false, and so never to change
     newest = tl.zeros([TM], tl.int32)
     left = tl.cdiv(n, TN)
     while left > 0:

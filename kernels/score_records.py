@@ -27,7 +27,7 @@ PROGRAMS = 264
 WARPS = 4
 """Of a program."""
 STAGES = 3
-"""Of the compiler's pipeline over tiles."""
+"""Of the compiler's pipeline over tiles; one less for 256 channels of fp32, whose tiles fill the shared memory."""
 
 
 @triton.jit
@@ -135,13 +135,15 @@ def score_records(
     g, d = q.shape[1] // heads, q.shape[2]
     np_cap = buffers.scores.shape[3]
     workers = max(1, min(triton.cdiv(np_cap, TILE), PROGRAMS // pairs))
+    padded = triton.next_power_of_2(d)
+    stages = STAGES if padded * q.element_size() <= 512 else STAGES - 1
     _score_records[(pairs, workers)](
         q, k_cache, index, block_table, seq_lens, query_start_loc, always_dense, slot_mapping,
         buffers.scores, buffers.ids, buffers.pages, buffers.counts, buffers.ticket, buffers.stats,
         scale, radius, dense_limit, capacity, sink, local, np_cap, block_table.stride(0), block_table.shape[1],
         q.shape[0], q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), index.stride(0),
         index.stride(1),
-        H=heads, G=g, M=max_query_len, ROWS=padded_rows(max_query_len, g), D=d, DP=triton.next_power_of_2(d),
+        H=heads, G=g, M=max_query_len, ROWS=padded_rows(max_query_len, g), D=d, DP=padded,
         P=k_cache.shape[2], TILE=TILE, NB=triton.next_power_of_2(max(np_cap, capacity)), SCORE=score, GROUP=group,
-        KIND=kind, num_warps=WARPS, num_stages=STAGES,
+        KIND=kind, num_warps=WARPS, num_stages=stages,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paged import DEVICE
 
 from vllm_ext.kernels import reference_routing as reference
 from vllm_ext.kernels import route_topk
@@ -20,7 +21,7 @@ SIZES = [(1, 8, 2), (13, 8, 2), (30, 64, 8), (5, 60, 4), (9, 128, 8), (3, 5, 5),
 def inputs(tokens: int, experts: int, dtype: torch.dtype = torch.float32, wide: int = 1) -> torch.Tensor:
     """Gaussian values rounded so that they tie now and then, rows `wide` times as far apart as they are long."""
     x = torch.randn(tokens, experts * wide, generator=torch.Generator().manual_seed(experts + tokens))
-    return (x * 16).round().div(16).to(dtype)[:, :experts]
+    return (x * 16).round().div(16).to(DEVICE, dtype)[:, :experts]
 
 
 def same(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], experts: int) -> None:
@@ -53,16 +54,17 @@ def test_dirmoe(tokens: int, experts: int, top_k: int, heads: bool, threshold: f
 
 
 def test_ties_go_to_the_lower_expert_and_extremes_stay_finite() -> None:
-    flat = torch.ones(3, 8)
+    flat = torch.ones(3, 8, device=DEVICE)
     assert route_topk.kern(flat, 3)[1].tolist() == [[0, 1, 2]] * 3
     assert route_topk.dirmoe(flat, 3, 1.0, None, 0.0, 9.0)[1].tolist() == [[0, 1, 2]] * 3
     for extreme in (torch.full((2, 8), -80.0), torch.full((2, 8), 80.0), torch.eye(8)[:2] * 1e4):
+        extreme = extreme.to(DEVICE)
         for weights, _ in (route_topk.kern(extreme, 2), route_topk.dirmoe(extreme, 2, 0.1, None, 0.0, 9.0, 0.5)):
             assert bool(torch.isfinite(weights).all())
 
 
 def test_no_tokens() -> None:
-    weights, ids = route_topk.kern(torch.zeros(0, 8), 2)
+    weights, ids = route_topk.kern(torch.zeros(0, 8, device=DEVICE), 2)
     assert weights.shape == ids.shape == (0, 2)
 
 
