@@ -55,7 +55,8 @@ def _caption(title: str, record: Record, path: Path, root: Path) -> str:
     versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("vllm", "torch", "triton") if record["versions"][n])
     commit = f", commit `{_commit(record['commit'])}`" if record.get("commit") else ""
     made = f"\nMade by `{command_line(record['argv'])}`." if "argv" in record else ""
-    return f"#### {title}\n\n{record['device']}; {versions}{commit}. Record: {links}.{made}"
+    note = f"\nNote: {record['note']}." if record.get("note") else ""
+    return f"#### {title}\n\n{record['device']}; {versions}{commit}. Record: {links}.{made}{note}"
 
 
 def _commit(text: str) -> str:
