@@ -164,6 +164,18 @@ class LookupDrafter:
         table[: len(retired), 4] = retired
         return table
 
+    def rests(self, wanted: int | None, verified: np.ndarray | None) -> bool:
+        """Can this step be left out? The next one then takes in what was verified meanwhile.
+
+        Args:
+            wanted: drafts a request that the step is asked for; None = all.
+            verified: drafts that it has verified, by request; None = none.
+        """
+        if wanted != 0 or self._retired or (verified is not None and verified.any()):
+            return False
+        self._step += 1
+        return True
+
     def step(
         self,
         table: np.ndarray,

@@ -112,7 +112,8 @@ class LookupSpeculator(BaseSpeculator):
     def propose(self, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> torch.Tensor:
         """[R, K] int64 on the device; see vLLM's BaseSpeculator for the arguments."""
         drafts = self.drafts[: input_batch.num_reqs]
-        if not dummy_run:
+        verified, wanted = input_batch.num_draft_tokens_per_req, kwargs.get("num_speculative_tokens")
+        if not dummy_run and not self.rows.drafter.rests(wanted, verified):
             num_sampled = args[4] if len(args) > 4 else kwargs["num_sampled"]
             self.rows.propose(input_batch, num_sampled, drafts)
             self.counters.publish(self.rows.drafter)

@@ -84,7 +84,7 @@ def measure(plan: CostPlan, advance: Callable[[str, int, int], None] = lambda *_
 
     row = plan.row()
     prepare_process()
-    sizes = spec_engine.graph_sizes(plan.batches, [spec_engine.drafts(row)])
+    sizes = spec_engine.graph_sizes(plan.batches, sorted(spec_engine.drafts(row)))
     arguments = spec_engine.engine_args(plan.batches, sizes, plan.kv_memory, plan.eager)
     arguments |= {"max_model_len": _model_length(plan), "skip_tokenizer_init": True} | row.engine_args()
     with spec_engine.one_compiled_model(), engine(plan.model, arguments) as llm:

@@ -43,7 +43,7 @@ class SpecPlan:
         repeats: how often each load is timed, with other prompts each time; the median counts, the range is kept.
         eager, max_model_len: of the engine.
         kv_memory: GiB of the KV pool.
-        drafts: most drafts of each row, which CUDA graphs are captured for in the engines of all of them.
+        drafts: of the rows; graphs of steps with so many drafts a request are captured in the engines of all of them.
         limit: seconds of a row, its start included: no repeat begins later. One that hangs does not stop the others.
         seed: of the prompts.
     """
@@ -99,9 +99,10 @@ def engine_args(row: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"speculative_config": options}
 
 
-def drafts(row: Row) -> int:
-    """Most drafts a request and step; 0 without speculation."""
-    return row.options.get("num_speculative_tokens", 0) if row.label.startswith(STOCK) else spec_engine.drafts(row)
+def drafts(row: Row) -> set[int]:
+    """Drafts a request and step that a row decodes with; 0 without speculation."""
+    given: dict[str, Any] = row.options
+    return {given.get("num_speculative_tokens", 0)} if row.label.startswith(STOCK) else spec_engine.drafts(row)
 
 
 def parse_spec_row(text: str) -> Row:
@@ -179,6 +180,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             cell = _cell(llm, load, batch, texts, clock, began + plan.limit)
             result["cells" if cell else "skipped"].append(cell or [load, batch])
         result["seconds"] = round(time.monotonic() - began, 1)
+    if not result["cells"]:
+        raise ConfigError(f"row '{job['label']}' had no time left after its start; raise --limit ({plan.limit:g} s).")
     return result
 
 

@@ -54,7 +54,7 @@ def spec(
         repeats=repeats,
         eager=eager,
         kv_memory=kv_memory,
-        drafts=tuple(sorted({drafts(parsed) for parsed in rows})),
+        drafts=tuple(sorted(set().union(*map(drafts, rows)))),
         limit=limit,
     )
     plan.check()
