@@ -25,6 +25,11 @@ def pytest_addoption(parser):
     parser.addoption("--gguf", default=None)
 
 
+def pytest_configure(config):
+    """The mark `apart`, which tests/run.sh shares work by."""
+    config.addinivalue_line("markers", "apart: starts engines in other processes alone, so it may run after llvmlite")
+
+
 @pytest.fixture
 def assert_refused(monkeypatch, capsys):
     """`assert_refused(arguments, word)`: `vllm-ext` ends with exit code 2 and one line on stderr that holds `word`."""

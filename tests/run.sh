@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The test suite in processes of its own: tests that start engines, mostly one thread, beside all the others.
-# Speculation has its own too: it imports llvmlite, after which vLLM 0.32 starts no further engine in a process on a CPU.
+# The test suite in two lanes that take about as long: tests that start engines, mostly one thread, beside all the others.
+# Speculation runs after those: it imports llvmlite, after which vLLM 0.32 starts no further engine in a process on a
+# CPU; and with it, to even the lanes, tests that start engines only in other processes (marked apart).
 # Usage: tests/run.sh PYTHON [pytest arguments]
 set -uo pipefail
 python=$1
@@ -17,10 +18,10 @@ status() { # what one run of pytest ended with, after others; 5: no test was sel
 (
   "$python" -P -m pytest -m "not engine" "$@"
   one=$?
-  "$python" -P -m pytest -m "engine and speculation" "$@"
+  "$python" -P -m pytest -m "engine and (speculation or apart)" "$@"
   exit "$(status $one $?)"
 ) >"$log" 2>&1 &
-"$python" -P -m pytest -m "engine and not speculation" --ignore=tests/spec_decode "$@"
+"$python" -P -m pytest -m "engine and not (speculation or apart)" --ignore=tests/spec_decode "$@"
 first=$?
 wait $!
 found=$(status $first $?)

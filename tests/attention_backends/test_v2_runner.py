@@ -17,7 +17,8 @@ LENGTHS, OUTPUT = (5, 31, 32, 33, 64, 200, 300), 12
 @pytest.fixture(scope="module")
 def run(tiny_model: Path) -> dict[str, Any]:
     """Everything in one process."""
-    return call("v2", Path(__file__).with_name("v2_on_cpu.py"), "run", str(tiny_model), COVERING, SPARSE, LENGTHS, OUTPUT)
+    file = Path(__file__).with_name("v2_on_cpu.py")
+    return call("v2", file, "run", str(tiny_model), COVERING, SPARSE, LENGTHS, OUTPUT)
 
 
 def test_runs_under_the_new_runner(run: dict[str, Any]) -> None:

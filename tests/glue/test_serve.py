@@ -43,9 +43,7 @@ def test_one_sentence_and_code_2_of_the_command() -> None:
         (["--plugins=quest", "--attention-backend", "CPU_ATTN"], "--attention-backend CPU_ATTN conflicts with"),
     ],
 )
-def test_one_sentence_and_code_2(
-    forked: Callable[..., Any], model_dir: Path, tokens: list[str], sentence: str
-) -> None:
+def test_one_sentence_and_code_2(forked: Callable[..., Any], model_dir: Path, tokens: list[str], sentence: str) -> None:
     assert_refused(forked(SERVE, model_dir, "--skip-tokenizer-init", *tokens), sentence)
 
 

@@ -50,31 +50,30 @@ def cases() -> dict[str, tuple[str, dict[str, int], int]]:
         for i, d in enumerate((64, 128, 256))
         for j, page in enumerate((16, 64, 128))
     ]
-    more = [(128, 64, 1, 1), (128, 64, 4, 32), (128, 64, 16, 6), (80, 64, 4, 6), (96, 64, 7, 6)]
+    more = [(128, 64, 4, 32), (80, 64, 4, 6), (96, 64, 7, 6)]
     speculated = [(128, 64, 4, 6, 5), (256, 64, 16, 6, 8)]
     for d, page, g, s, m in [*((*x, 1) for x in [*square, *more]), *speculated]:
         stages = stages_for(page, power(d), max(16, power(m * g)))
         found[f"decode D{d} P{page} G{g} S{s} m{m}"] = ("decode", decode(d, page, g, s, m), stages)
     for d, page, g, pages, score, group, kind in (
-        (64, 64, 3, 2048, 0, 0, 0), (128, 64, 4, 512, 0, 0, 0), (128, 64, 4, 2048, 0, 0, 0),
-        (128, 64, 4, 2048, 0, 2, 0), (128, 64, 4, 2048, 1, 1, 1), (128, 64, 4, 2048, 2, 2, -1),
-        (128, 64, 4, 2048, 3, 0, -1), (256, 128, 16, 2048, 0, 0, 0),
+        (64, 64, 3, 2048, 0, 0, 0), (128, 64, 4, 2048, 0, 0, 0), (128, 64, 4, 2048, 0, 2, 0),
+        (128, 64, 4, 2048, 1, 1, 1), (128, 64, 4, 2048, 2, 2, -1), (128, 64, 4, 2048, 3, 0, -1),
+        (256, 128, 16, 2048, 0, 0, 0),
     ):  # fmt: skip
         name = f"select D{d} P{page} G{g} N{pages} score {score} group {group}"
         found[name] = ("select", select(d, page, g, pages, score, group, kind), 3)
     found["select with two tiles in flight"] = ("select", select(128, 64, 4, 512, 0, 0, 0), 5)
     for d, page, g, m, pages, score, group, kind in (
-        (128, 64, 4, 1, 512, 0, 0, 0), (128, 64, 4, 1, 2048, 0, 0, 0), (128, 64, 4, 1, 4096, 1, 1, 1),
-        (128, 64, 16, 1, 512, 0, 0, 0), (128, 64, 4, 5, 512, 0, 0, 0), (64, 16, 3, 1, 2048, 0, 1, 0),
-        (80, 64, 1, 1, 512, 1, 0, -1), (256, 128, 2, 1, 512, 0, 0, 0),
+        (128, 64, 4, 1, 2048, 0, 0, 0), (128, 64, 4, 1, 4096, 1, 1, 1), (128, 64, 16, 5, 512, 0, 0, 0),
+        (64, 16, 3, 1, 2048, 0, 1, 0), (80, 64, 1, 1, 512, 1, 0, -1), (256, 128, 2, 1, 512, 0, 0, 0),
     ):  # fmt: skip
         name = f"score D{d} P{page} G{g} m{m} N{pages} score {score} group {group}"
         found[name] = ("score", score_records(d, page, g, m, pages, score, group, kind), STAGES)
     found["window records"] = ("records", {"P": 64, "D": 128}, 3)
     for g in (4, 16):
         sizes = {"H": 8, "G": g, "ROWS": 16, "D": 128, "DP": 128, "P": 64, "TILE": 64}
-        found[f"window coarse G{g}"] = ("coarse", sizes, 3)
         found[f"window fine G{g}"] = ("fine", {**sizes, "NB": 2048, "WB": 32}, 3)
+    found["window coarse"] = ("coarse", sizes, 3)
     for d, page, g, parts in ((128, 64, 4, 8), (80, 16, 3, 31)):
         shape = f"D{d} P{page} G{g}"
         sizes = sample(d, page, g, parts)

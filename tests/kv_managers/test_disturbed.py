@@ -55,9 +55,11 @@ def kept_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
     found: dict[str, list[torch.Tensor]] = {}
     choose = Compactor._choose
 
-    def noting(self: Any, request: Any, row: Any, *rest: Any) -> torch.Tensor:
-        survivors = choose(self, request, row, *rest)
-        found.setdefault(row.request.split("-")[0], []).append(survivors.clone())
+    def noting(self: Any, batch: Any, *rest: Any) -> torch.Tensor:
+        survivors = choose(self, batch, *rest)
+        names = {id(request): name for name, request in self.requests.items()}
+        for one, kept in zip(batch, survivors):
+            found.setdefault(names[id(one.request)].split("-")[0], []).append(kept.clone())
         return survivors
 
     monkeypatch.setattr(Compactor, "_choose", noting)

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from learned import gates, roles
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.apart]
 
 COUNT = 10
 LAYERS, HEADS, KV_HEADS, HEAD = 3, 8, 4, 32
