@@ -30,6 +30,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "apart: starts engines in other processes alone, so it may run after llvmlite")
 
 
+def pytest_collection_finish(session):
+    """No engine starts on a CPU where llvmlite is imported, as the error of the hundredth test would not say."""
+    alone = [x for x in session.items if x.get_closest_marker("engine") and not is_apart(x)]
+    if alone and "llvmlite" in sys.modules and not torch.cuda.is_available() and not session.config.option.collectonly:
+        raise pytest.UsageError("a collected test file imports llvmlite: move it to tests/spec_decode.")
+
+
+def is_apart(item):
+    """Does the test stand llvmlite in its process?"""
+    return any(item.get_closest_marker(name) for name in ("speculation", "apart"))
+
+
 @pytest.fixture
 def assert_refused(monkeypatch, capsys):
     """`assert_refused(arguments, word)`: `vllm-ext` ends with exit code 2 and one line on stderr that holds `word`."""
