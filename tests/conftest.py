@@ -34,7 +34,7 @@ def pytest_collection_finish(session):
     """No engine starts on a CPU where llvmlite is imported, as the error of the hundredth test would not say."""
     alone = [x for x in session.items if x.get_closest_marker("engine") and not is_apart(x)]
     if alone and "llvmlite" in sys.modules and not torch.cuda.is_available() and not session.config.option.collectonly:
-        raise pytest.UsageError("a collected test file imports llvmlite: move it to tests/spec_decode.")
+        raise pytest.UsageError("a collected file imports llvmlite, engines want a process without: use `make test`.")
 
 
 def is_apart(item):
