@@ -31,7 +31,7 @@ class ResaStages(HostedStages):
             for layer in d.layers
         }
         self.state = torch.zeros(0, dtype=torch.int64)
-        self.chunk = (self.state, self.state)
+        self.chunk = (self.state, self.state, self.state)
         self.log_weight = math.log(method.lambda_) if method.lambda_ else -math.inf
         self.gate = -math.inf if method.gate is None else method.gate
 
@@ -65,15 +65,15 @@ class ResaStages(HostedStages):
         """Add the queries of prompt chunks to their requests: (slots [R], which requests get a prior [R] bool)."""
         if layer == self.dims.layers[0]:
             self.slots.fit(k_cache.shape[0])
-            self.chunk = self.slots.prompt(batch)
-        slots, source = self.chunk
+            token = torch.arange(query.shape[0], device=query.device)
+            start = batch.query_start_loc[:, None]
+            used = (token >= start[:-1]) & (token < start[1:]) & (batch.slot_mapping[: len(token)] >= 0)
+            self.chunk = (*self.slots.prompt(batch), used.float())
+        slots, source, used = self.chunk  # used [R, T]: which queries are a request's
         prior = self.priors[layer]
-        token = torch.arange(query.shape[0], device=query.device)
-        start = batch.query_start_loc[:, None]
-        # [R, T]; a product, since adding rows by index is not deterministic on a GPU
-        used = ((token >= start[:-1]) & (token < start[1:]) & (batch.slot_mapping[: len(token)] >= 0)).float()
         inherited = source < self.method.slots
         total = torch.where(inherited[:, None, None, None], prior.total[source], 0.0)
+        # a product: adding rows by index is not deterministic on a GPU
         total = total + (used @ query.float().flatten(1)).view_as(total)
         count = torch.where(inherited, prior.queries[source], 0.0) + used.sum(1)
         prior.total[slots], prior.queries[slots] = total, count

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_ext.options import ConfigError, option
-from vllm_ext.spec_decode.method import SCHEDULER, DrafterMethod
+from vllm_ext.spec_decode.method import DrafterMethod
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,6 @@ class DraftModel(DrafterMethod):
         "how drafts are drawn: the most likely token, or from the model's law (rules that use it accept more)",
         choices=("greedy", "probabilistic"),
     )
-
-    def engine_args(self) -> dict[str, Any]:
-        return super().engine_args() | (SCHEDULER if self.counted_by_scheduler else {})
 
     def speculative_config(self, runner: str) -> dict[str, Any]:
         return {

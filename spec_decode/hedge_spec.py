@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from vllm_ext.options import ConfigError, did_you_mean, option
 from vllm_ext.spec_decode import carrier
 from vllm_ext.spec_decode.draft_model import DraftModel
-from vllm_ext.spec_decode.method import SCHEDULER, DrafterMethod
+from vllm_ext.spec_decode.method import DrafterMethod
 from vllm_ext.spec_decode.pard import Pard
 
 ARMS = ("longest", "first", "ngram", "shared")
@@ -49,9 +49,9 @@ class HedgeSpec(DrafterMethod):
         if len(set(self.drafters)) < 2 or len(set(self.drafters)) < len(self.drafters):
             raise ConfigError("hedge_spec.drafters must name at least two drafters, each once; add or remove one.")
 
-    def engine_args(self) -> dict[str, Any]:
-        tenants = "shared" in self.drafters or self.scope == "tenant"
-        return super().engine_args() | (SCHEDULER if tenants else {})
+    @property
+    def acts_in_scheduler(self) -> bool:
+        return "shared" in self.drafters or self.scope == "tenant"
 
     def _draft_model(self) -> DraftModel:
         kind = Pard if self.parallel else DraftModel

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from vllm_ext.options import option
 from vllm_ext.spec_decode.draft_model import DraftModel
-from vllm_ext.spec_decode.method import SCHEDULER
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Hybrid(DraftModel):
         5, "by how much a match in finished outputs must be longer than one in the request", unit="tokens", minimum=0
     )
 
-    def engine_args(self) -> dict[str, Any]:
-        return super().engine_args() | (SCHEDULER if self.shared else {})
+    @property
+    def acts_in_scheduler(self) -> bool:
+        return bool(self.shared)
 
     def early(self, engine_args: Any) -> None:
         from vllm_ext.spec_decode.limits import check_mask_token

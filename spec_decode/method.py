@@ -127,7 +127,13 @@ class DrafterMethod(SpecMethod):
         """The speculative_config that carries this drafter on the model runner that vLLM will use here."""
         from vllm_ext.spec_decode.carrier import runner
 
-        return {"speculative_config": self.speculative_config(runner())}
+        args: dict[str, Any] = {"speculative_config": self.speculative_config(runner())}
+        return args | (SCHEDULER if self.acts_in_scheduler else {})
+
+    @property
+    def acts_in_scheduler(self) -> bool:
+        """Whether the scheduler has to count for the drafter, or to tell it whose text a request is."""
+        return self.counted_by_scheduler
 
     def speculative_config(self, runner: str) -> dict[str, Any]:
         """vLLM's speculative_config under model runner "v1" or "v2"."""

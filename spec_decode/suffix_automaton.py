@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_ext.options import option
-from vllm_ext.spec_decode.method import SCHEDULER, DrafterMethod
+from vllm_ext.spec_decode.method import DrafterMethod
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class SuffixAutomaton(DrafterMethod):
         5, "by how much a match in finished outputs must be longer than one in the request", unit="tokens", minimum=0
     )
 
-    def engine_args(self) -> dict[str, Any]:
-        return super().engine_args() | (SCHEDULER if self.shared else {})
+    @property
+    def acts_in_scheduler(self) -> bool:
+        return bool(self.shared)
 
     def lookup(self, requests: int, max_model_len: int) -> Any:
         from vllm_ext.spec_decode.tables import LookupSettings

@@ -25,11 +25,6 @@ def pytest_addoption(parser):
     parser.addoption("--gguf", default=None)
 
 
-def pytest_configure(config):
-    """The mark `apart`, which tests/run.sh shares work by."""
-    config.addinivalue_line("markers", "apart: starts engines in other processes alone, so it may run after llvmlite")
-
-
 def pytest_collection_finish(session):
     """No engine starts on a CPU where llvmlite is imported, as the error of the hundredth test would not say."""
     alone = [x for x in session.items if x.get_closest_marker("engine") and not is_apart(x)]

@@ -99,15 +99,10 @@ def _files(name: str, model: ModelShape, page: int, folder: Path) -> dict[str, s
 
     if name == "seer":
         sizes = gate_file.shapes(model, model.head_size)
-        gates = [
-            {
-                k: torch.randn(s, dtype=torch.bfloat16) / s[-2] ** 0.5
-                if len(s) > 1
-                else torch.ones(s, dtype=torch.bfloat16)
-                for k, s in sizes.items()
-            }
-            for _ in range(model.layers)
-        ]
+        gates = []
+        for _ in range(model.layers):
+            layer = {part: torch.randn(sizes[part]) / sizes[part][-2] ** 0.5 for part in ("q", "k")}
+            gates.append(layer | {part: torch.ones(sizes[part]) for part in ("q_norm", "k_norm")})
         gate_file.write(folder / "gates.safetensors", gates, model, page)
         return {"gates": str(folder / "gates.safetensors")}
     if name == "lychee":
